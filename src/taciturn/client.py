@@ -1,0 +1,117 @@
+"""What runs on a client: begin, step, collect. Pure functions without a client axis; the stacked engine adds it.
+
+Symbols: x [d] the model the client holds; y [d], v [p], b [q] its local shared parameters, personal parameters and
+tracked buffers; own = what it keeps between rounds {v, b, solver, tx, steps}; local = what it keeps within a round
+{solver: {y, v, ..}, b, start [d], done [], loss []}; key [] of this client; t [] its persistent step counter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taciturn.core import random
+from taciturn.core.random import Key
+from taciturn.core.state import State, where
+from taciturn.core.types import Batch, Codec, Payload, Record, Solver, Split, Task
+from taciturn.core.vector import Vector
+
+
+@dataclass(frozen=True)
+class Work:
+    """The static part of a client's work: the same for all clients of a kind and all rounds of a run."""
+
+    task: Task
+    split: Split
+    solver: Solver
+    codec: Codec
+
+    def newcomer(self) -> State:
+        """What a client owns before its first round."""
+        tx, _ = self.codec.init(self.split.layout)
+        steps = torch.zeros((), dtype=torch.int64, device=self.split.x0.device)
+        own = {"v": self.split.v0, "b": self.split.b0, "solver": self.solver.init(self.split), "tx": tx}
+        return own | {"steps": steps}
+
+    def params(self, held: State, y: Record, v: Record, b: Record) -> Record:
+        """Named views -> everything `functional_call` needs; buffers are copies, for the model writes to them."""
+        return self.split.join(held, y, v) | {name: buffer.clone() for name, buffer in b.items()}
+
+
+def begin(work: Work, start: Vector, own: State) -> State:
+    """Take up the model: start [d] is what the client holds, y = start unless the solver says otherwise."""
+    return {
+        "solver": work.solver.begin(start, own["v"], own["solver"]),
+        "b": own["b"],
+        "start": start,
+        "done": torch.zeros_like(own["steps"]),
+        "loss": start.new_zeros(()),
+    }
+
+
+def step(work: Work, held: State, local: State, batch: Batch, key: Key, lr_scale: Tensor) -> State:
+    """One local step: y, v, b and the sum of losses move on."""
+    split = work.split
+    buffers: list[Tensor] = []
+
+    def oracle(y: Vector, v: Vector, batch: Batch) -> tuple[Tensor, Vector, Vector]:
+        def loss(y: Record, v: Record) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            params = work.params(held, y, v, split.buffers.views(local["b"]))
+            value = work.task.loss(params, batch, key)
+            return value, (value.detach(), split.buffers.flatten(params, local["b"].dtype).detach())
+
+        views = split.layout.views(y), split.personal.views(v)
+        (g_y, g_v), (value, b) = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(*views)
+        buffers.append(b)
+        return value, split.layout.flatten(g_y, y.dtype), split.personal.flatten(g_v, v.dtype)
+
+    solver, loss = work.solver.step(local["solver"], batch, oracle, lr_scale)
+    b = buffers[-1] if split.buffers.d else local["b"]
+    return local | {"solver": solver, "b": b, "done": local["done"] + 1, "loss": local["loss"] + loss}
+
+
+def step_if(active: Tensor, work: Work, held: State, local: State, batch: Batch, key: Key, lr_scale: Tensor) -> State:
+    """`step` where active [] bool holds; else the WHOLE record stays as it is (momentum alone would move it)."""
+    return where(active, step(work, held, local, batch, key, lr_scale), local)
+
+
+def drift(work: Work, local: State) -> Vector:
+    """u = y - start [d], what a sync rule looks at."""
+    return local["solver"]["y"] - local["start"]  # type: ignore[no-any-return]
+
+
+def collect(work: Work, local: State, own: State, key: Key) -> tuple[Payload, Record, State]:
+    """(encoded update, stats that ride on it, what the client owns once the upload is accepted)."""
+    message, solver = work.solver.message(local["solver"], local["start"])
+    payload, tx = work.codec.encode(message, own["tx"], key, layout=work.split.layout, knobs={})
+    stats = {"loss": local["loss"] / local["done"].clamp(min=1), "steps": local["done"].to(torch.int32)}
+    kept = {
+        "v": local["solver"]["v"],
+        "b": local["b"],
+        "solver": solver,
+        "tx": tx,
+        "steps": own["steps"] + local["done"],
+    }
+    return payload, stats, kept
+
+
+def batches(key: Key, size: Tensor, first: Tensor, steps: int, batch: int, widest: int) -> tuple[Tensor, Tensor]:
+    """The client's own sample numbers for local steps first .. first + steps - 1, and which of them are real.
+
+    An endless stream of epochs, each a fresh random order of the client's n samples cut into ceil(n / batch) batches;
+    a function of (key, n, batch, step counter) only. key, size, first: [m] int64; widest >= all sizes.
+    -> index [m, steps, batch] int64 (a padding entry repeats a real sample), mask [m, steps, batch] bool.
+    """
+    per_epoch = (size + batch - 1) // batch
+    t = first.unsqueeze(-1) + torch.arange(steps, device=first.device)
+    epoch = t // per_epoch.unsqueeze(-1)
+    place = (t - epoch * per_epoch.unsqueeze(-1)).unsqueeze(-1) * batch + torch.arange(batch, device=first.device)
+    mask = place < size[:, None, None]
+    relative = epoch - epoch[:, :1]
+    epochs = epoch[:, :1] + torch.arange(int(relative.max()) + 1, device=first.device)
+    keys = random.fold(random.fold(key, "batches").unsqueeze(-1), epochs)
+    orders = random.permutation(keys, widest, size.unsqueeze(-1).expand_as(epochs))
+    flat = relative.unsqueeze(-1) * widest + torch.minimum(place, size[:, None, None] - 1)
+    return orders.flatten(1).gather(1, flat.flatten(1)).view_as(flat), mask

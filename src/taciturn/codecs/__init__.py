@@ -1,0 +1,6 @@
+"""HOW a vector is encoded. Every exported name is a part that can stand in `[method.codec]`."""
+
+from taciturn.codecs.cast import cast
+from taciturn.codecs.identity import identity
+
+__all__ = ["cast", "identity"]

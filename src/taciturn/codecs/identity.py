@@ -1,0 +1,33 @@
+"""No compression.
+
+Symbols: u [d] the vector, in the precision of the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from taciturn.core.random import Key
+from taciturn.core.state import State
+from taciturn.core.types import Payload
+from taciturn.core.vector import Layout, Vector
+
+
+@dataclass(frozen=True, slots=True)
+class identity:
+    """C(u) = u. 4 d bytes in float32. Stateless and lossless."""
+
+    lossy: ClassVar[bool] = False
+
+    def init(self, layout: Layout) -> tuple[State, State]:
+        """No state on either side."""
+        return {}, {}
+
+    def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
+        """u [d] -> {"values": [d]}."""
+        return {"values": u}, tx
+
+    def decode(self, payload: Payload, rx: State, *, layout: Layout) -> tuple[Vector, State]:
+        """{"values": [d]} -> [d]."""
+        return payload["values"], rx

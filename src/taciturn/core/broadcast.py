@@ -1,0 +1,75 @@
+"""The way down: what the server publishes and what every client then provably holds.
+
+Symbols: x [d] the server's model; held = {"x": [d]} what a receiver of the newest version holds, the same for all.
+
+of="model"   each frame is encode(x) itself; a receiver needs no history. Right for lossless codecs and for codecs
+             whose error is relative to each value (cast): 4d or 2d bytes for every client, every round.
+of="change"  each frame is encode(x - held), and held <- held + decode(frame). A client gets every frame since the
+             version it acknowledged, or one float snapshot of `held` if that is smaller. Right for codecs that are only
+             good at small vectors (quantize, top-k). One memory shared by receivers that did not all receive it would
+             diverge; here nobody is assumed to hold what was not acknowledged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from taciturn.core.errors import WireError
+from taciturn.core.random import Key
+from taciturn.core.state import State
+from taciturn.core.types import Cast, Codec, Payload
+from taciturn.core.vector import Layout, Vector
+
+SNAPSHOT = "snapshot"
+
+
+def payload_bytes(payload: Payload) -> int:
+    """Bytes of dense payload tensors; the frame of the log that costs least is chosen by it."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """How the model goes down: a codec, and whether it encodes the model or its change."""
+
+    codec: Codec
+    of: Literal["model", "change"] = "model"
+
+    def publish(self, x: Vector, source: int, cast: Cast | None, layout: Layout, key: Key) -> Cast:
+        """x [d] of server round `source` -> the next cast; the same cast if that round is already out."""
+        if cast is not None and cast.source == source:
+            return cast
+        version = 0 if cast is None else cast.version + 1
+        tx, _ = self.codec.init(layout)
+        if self.of == "model":
+            payload, _ = self.codec.encode(x, tx, key, layout=layout, knobs={})
+            return Cast(version, source, self.apply({}, payload, layout), ((version, payload),))
+        if cast is None:
+            return Cast(version, source, {"x": x.clone()}, ())
+        payload, _ = self.codec.encode(x - cast.held["x"], tx, key, layout=layout, knobs={})
+        log = [*cast.log, (version, payload)]
+        while sum(payload_bytes(frame) for _, frame in log) > x.numel() * x.element_size():
+            log.pop(0)  # older receivers are better served by a snapshot
+        return Cast(version, source, self.apply(cast.held, payload, layout), tuple(log))
+
+    def frames(self, cast: Cast, since: int) -> list[Payload]:
+        """What a receiver at version `since` (-1: holds nothing) lacks, in order; empty if it is up to date."""
+        if since == cast.version:
+            return []
+        missing = [payload for version, payload in cast.log if version > since]
+        if self.of == "model" or (0 <= since and len(missing) == cast.version - since):
+            return missing
+        return [{SNAPSHOT: cast.held["x"]}]
+
+    def apply(self, held: State, frame: Payload, layout: Layout) -> State:
+        """What a receiver holds after one frame; server and client run this same text."""
+        if SNAPSHOT in frame:
+            return {"x": frame[SNAPSHOT]}
+        _, rx = self.codec.init(layout)
+        decoded, _ = self.codec.decode(frame, rx, layout=layout)
+        if self.of == "model":
+            return {"x": decoded}
+        if "x" not in held:
+            raise WireError("a change of the model arrived before any model")
+        return {"x": held["x"] + decoded}

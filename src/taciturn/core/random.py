@@ -1,0 +1,113 @@
+"""Counter-based randomness: every draw is a hash of a key and an index, so order of execution never matters.
+
+Symbols: key [] or [m] int64; index, counter: int64. The hash is the finalizer of SplitMix64 (Steele, Lea & Flood,
+OOPSLA 2014), on int64 with wrap-around, from operations that `torch.vmap` can batch. The same key gives the same
+draws on every engine, block size and device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+Key = Tensor
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that holds it."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, n: int) -> Tensor:
+    """Logical right shift of int64 by n bits."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def key(seed: int, device: torch.device | str = "cpu") -> Key:
+    """The root key of a seed: [] int64.
+
+    >>> int(key(0)) == int(key(0)), int(key(0)) == int(key(1))
+    (True, False)
+    """
+    return _mix(torch.tensor(_signed(seed), dtype=torch.int64, device=device) + _GOLDEN)
+
+
+def fold(key: Key, *parts: int | str | Tensor) -> Key:
+    """A new key from a key and names or counters, one after the other; tensors broadcast.
+
+    key, parts: int64 of any shapes that broadcast -> int64 of the common shape.
+    """
+    for part in parts:
+        if isinstance(part, str):
+            part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "big", signed=True)
+        if isinstance(part, int):
+            part = _signed(part * _GOLDEN)
+        else:
+            part = part * _GOLDEN
+        key = _mix((key ^ part) + _GOLDEN)
+    return key
+
+
+def bits(key: Key, n: int) -> Tensor:
+    """n words of 64 random bits for each key: [..] -> [.., n] int64."""
+    counter = torch.arange(1, n + 1, dtype=torch.int64, device=key.device) * _GOLDEN
+    return _mix(key.unsqueeze(-1) + counter)
+
+
+def uniform(key: Key, *shape: int) -> Tensor:
+    """Uniform draws in [0, 1) with 24 bits: [] -> [*shape] float32."""
+    words = bits(key, math.prod(shape))
+    return (_shift(words, 40).to(torch.float32) * 2.0**-24).reshape(*key.shape, *shape)
+
+
+def normal(key: Key, *shape: int) -> Tensor:
+    """Standard normal draws by Box and Muller: [] -> [*shape] float32."""
+    n = math.prod(shape)
+    u = uniform(key, 2 * n)
+    radius = torch.sqrt(-2.0 * torch.log1p(-u[..., :n]))
+    return (radius * torch.cos(2.0 * math.pi * u[..., n:])).reshape(*key.shape, *shape)
+
+
+def permutation(key: Key, n: int, size: Tensor | None = None) -> Tensor:
+    """A random order of 0..n-1 for each key: [..] -> [.., n] int64.
+
+    With `size` ([..] int64), the first `size` places hold a random order of 0..size-1 that does not depend on n.
+    """
+    words = _shift(bits(key, n), 1)
+    if size is not None:
+        beyond = torch.arange(n, device=key.device) >= size.unsqueeze(-1)
+        words = words.masked_fill(beyond, (1 << 63) - 1)
+    return torch.argsort(words, dim=-1, stable=True)
+
+
+def choice(key: Key, n: int, count: int) -> Tensor:
+    """`count` different numbers of 0..n-1, uniform without replacement, in the order drawn: [count] int64.
+
+    For count much smaller than n the cost does not grow with n: draws are made in turn and repeats are skipped.
+    """
+    if 4 * count > n:
+        return permutation(key, n)[:count]
+    taken: dict[int, None] = {}
+    stream = 0
+    while len(taken) < count:
+        for word in _shift(bits(fold(key, stream), 2 * count), 1).tolist():
+            if len(taken) == count:
+                break
+            taken.setdefault(word % n)
+        stream += 1
+    return torch.tensor(list(taken), dtype=torch.int64)

@@ -1,0 +1,133 @@
+"""Records: everything that survives a step is a nested dict of tensors that can be stacked, compared and saved.
+
+State = {name: Tensor or State}. A stacked state has a leading client axis [m] on every tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from taciturn.core.errors import RunError
+
+State: TypeAlias = dict[str, Any]  # of Tensor or State
+
+
+def tree_map(fn: Callable[..., Tensor], first: Any, *rest: Any) -> Any:
+    """fn applied to the tensors that stand at the same place of every record."""
+    if isinstance(first, dict):
+        return {name: tree_map(fn, value, *(other[name] for other in rest)) for name, value in first.items()}
+    return fn(first, *rest)
+
+
+def leaves(state: Any) -> list[Tensor]:
+    """All tensors of a record, in order."""
+    if isinstance(state, dict):
+        return [leaf for value in state.values() for leaf in leaves(value)]
+    return [state]
+
+
+def flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
+    """{"a": {"b": t}} -> {"a/b": t}."""
+    flat: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def unflatten(flat: dict[str, Tensor]) -> State:
+    """{"a/b": t} -> {"a": {"b": t}}."""
+    state: State = {}
+    for path, tensor in flat.items():
+        *parents, name = path.split("/")
+        place: Any = state
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = tensor
+    return state
+
+
+def stack(states: Sequence[State]) -> State:
+    """m records of equal shape -> one record with a leading axis [m]."""
+    result: State = tree_map(lambda *tensors: torch.stack(tensors), *states)
+    return result
+
+
+def row(state: State, i: int) -> State:
+    """Record i of a stacked record (views)."""
+    result: State = tree_map(lambda tensor: tensor[i], state)
+    return result
+
+
+def where(mask: Tensor, new: State, old: State) -> State:
+    """The new record where the mask ([] bool) holds, else the old one, over the WHOLE record."""
+    result: State = tree_map(lambda a, b: torch.where(mask, a, b), new, old)
+    return result
+
+
+def clone(state: State) -> State:
+    """A copy that shares no memory."""
+    result: State = tree_map(lambda tensor: tensor.clone(), state)
+    return result
+
+
+def equal(a: Any, b: Any) -> bool:
+    """True if both records have the same names, shapes, dtypes and bits."""
+    if isinstance(a, dict) or isinstance(b, dict):
+        return (
+            isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        )
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    raw = (torch.as_tensor(t).contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return bool(torch.equal(*raw))
+
+
+def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part of it."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
+
+
+def save_state(path: Path, state: State, meta: dict[str, Any]) -> None:
+    """Write a record and its JSON part as ONE safetensors file, atomically: one rename commits both.
+
+    Errors: `RunError` when the disk is full or the folder cannot be written; the former file is kept.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in flatten(state).items()}
+    write_atomic(path, [save(tensors, metadata={"taciturn": json.dumps(meta)})])
+
+
+def load_state(path: Path) -> tuple[State, dict[str, Any]]:
+    """Read what `save_state` wrote. Errors: `RunError` if the file is missing or not such a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {})["taciturn"])
+            return unflatten({name: file.get_tensor(name) for name in file.keys()}), meta  # noqa: SIM118
+    except Exception as error:
+        raise RunError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,312 @@
+"""The protocols that parts implement and the records that travel between them, all on this page.
+
+Symbols: d shared parameters, p personal parameters, q tracked buffers; M clients of this round's cohort, N clients
+in all, m clients of a block, b samples of a batch. Code that runs on a client has no client axis: the stacked engine
+adds it with `torch.vmap`, so such code uses only operations that vmap, never `.item()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor, nn
+
+from taciturn.core.random import Key
+from taciturn.core.state import State
+from taciturn.core.vector import Layout, Vector
+
+Record: TypeAlias = dict[str, Tensor]
+Payload: TypeAlias = dict[str, Tensor]  # exactly what goes on the wire, in wire dtypes
+Batch: TypeAlias = dict[str, Tensor]  # named tensors [b, ..] and "mask" [b] bool: False marks padding
+Oracle: TypeAlias = Callable[[Vector, Vector, Batch], tuple[Tensor, Vector, Vector]]  # y, v, batch -> loss, g_y, g_v
+
+# ---------------------------------------------------------------------------------------------------- records
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model cut into what is shared and what stays on the client.
+
+    layout/x0: the shared vector [d]; personal/v0: the personal vector [p]; buffers/b0: statistics that the model
+    itself updates in training (BatchNorm) [q], always personal. `join(held, shared, personal)` takes the named views of
+    y and v and gives the named parameters for `torch.func.functional_call`; `held` is what the client keeps of the last
+    broadcast.
+    """
+
+    layout: Layout
+    personal: Layout
+    buffers: Layout
+    x0: Vector
+    v0: Vector
+    b0: Vector
+    join: Callable[[State, Record, Record], Record]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What differs between the clients of a cohort, as data. Every tensor is [M], in the order of `ids`.
+
+    limit: local steps after which a client halts by itself; weights: what it counts in the average;
+    lr_scale: factor of the client learning rate in this round (a schedule).
+    """
+
+    round: int
+    ids: Tensor
+    limit: Tensor
+    weights: Tensor
+    lr_scale: float = 1.0
+
+
+OK, BAD_LOSS, BAD_UPDATE, LOST = range(4)
+STATUS = ("ok", "loss not finite", "update not finite", "no answer")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Decoded messages of m clients of equal shape. `start` [m, d] is what each client HELD, not the server's x."""
+
+    ids: Tensor  # [m] int64
+    start: Tensor  # [m, d]
+    updates: Tensor  # [m, d]
+    weights: Tensor  # [m]
+    layout: Layout
+    stats: dict[str, Tensor]  # {name: [m]}
+    status: Tensor  # [m] int64, index into STATUS
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the server applies: an update of x [d], and low-rank products X Y for the frozen base, by name."""
+
+    update: Vector
+    merges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What came back during a round: payload [M, ..] by name, which clients were heard, which are still training."""
+
+    payload: Payload
+    heard: Tensor  # [M] bool
+    live: Tensor  # [M] bool
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A published model: its version, what every receiver of that version holds, and the frames that lead there.
+
+    log: (version, payload) in order; a receiver at version s applies every frame with a version above s.
+    source: the server round whose x this is; publishing the same x twice is one publication.
+    """
+
+    version: int
+    source: int
+    held: State
+    log: tuple[tuple[int, Payload], ...] = ()
+
+
+# -------------------------------------------------------------------------------------------------- protocols
+
+
+class Partition(Protocol):
+    """WHAT is shared."""
+
+    def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
+        """Cut the model; `tracked` names the buffers that training changes. Errors: `ModelError` with the remedy."""
+        ...
+
+
+class Codec(Protocol):
+    """HOW a vector is encoded. `tx` is state of the sender, `rx` of the receiver."""
+
+    @property
+    def lossy(self) -> bool:
+        """True if decode(encode(u)) may differ from u."""
+        ...
+
+    def init(self, layout: Layout) -> tuple[State, State]:
+        """Fresh (tx, rx) for vectors of this layout."""
+        ...
+
+    def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
+        """u [d] -> payload of fixed shapes, and the sender's next state. `knobs`: this client's row of numbers."""
+        ...
+
+    def decode(self, payload: Payload, rx: State, *, layout: Layout) -> tuple[Vector, State]:
+        """payload -> [d], and the receiver's next state."""
+        ...
+
+
+class Solver(Protocol):
+    """HOW a client trains: pure functions of a record that holds at least y [d] and v [p]."""
+
+    @property
+    def schedule(self) -> Callable[[int], float]:
+        """Round -> factor of the learning rate."""
+        ...
+
+    def init(self, split: Split) -> State:
+        """What a new client keeps between rounds besides v (duals, control variates)."""
+        ...
+
+    def begin(self, x: Vector, v: Vector, state: State) -> State:
+        """The local record at the start of a round."""
+        ...
+
+    def step(self, local: State, batch: Batch, oracle: Oracle, lr_scale: Tensor) -> tuple[State, Tensor]:
+        """One local step -> the next record, and the loss [] of the batch at the point where the gradient was taken."""
+        ...
+
+    def message(self, local: State, start: Vector) -> tuple[Vector, State]:
+        """What the client sends, as a change against `start` [d], and what it keeps."""
+        ...
+
+    def affine(self) -> tuple[float, float] | None:
+        """(lr, mu) if a step is y <- y - lr (g + mu (y - x)) and nothing else, so that an engine may fuse it; else None."""
+        ...
+
+
+class SyncRule(Protocol):
+    """WHEN to synchronise."""
+
+    @property
+    def silent(self) -> bool:
+        """True if no message is needed before the upload; then an engine may do the round in one exchange."""
+        ...
+
+    def init(self) -> State:
+        """The server's state of the rule."""
+        ...
+
+    def schedule(self, epoch_steps: Tensor) -> tuple[Tensor, int]:
+        """Steps per epoch of each client [M] -> (steps after which each halts [M], steps between two observations)."""
+        ...
+
+    def observe(self, u: Vector, state: State) -> tuple[Payload, Tensor]:
+        """On the client, with its drift u [d] and the rule's state as sent: (a few bytes, go on [] bool)."""
+        ...
+
+    def stop(self, seen: Observations, done: int, state: State) -> bool:
+        """On the server: end the round?"""
+        ...
+
+    def update(self, state: State, done: int, stats: dict[str, Tensor], change: Change) -> State:
+        """The rule's state for the next round."""
+        ...
+
+
+class Aggregator(Protocol):
+    """Many -> one. `linear`: a weighted sum of updates is enough, so blocks may arrive already summed."""
+
+    @property
+    def linear(self) -> bool: ...
+
+    def weigh(self, sizes: Tensor) -> Tensor:
+        """Samples of each client [M] -> its weight [M] (any scale)."""
+        ...
+
+    def init(self, x: Vector) -> State:
+        """The server's state of the aggregate (a running mean)."""
+        ...
+
+    def start(self, state: State, x: Vector) -> Any:
+        """An empty accumulator."""
+        ...
+
+    def add(self, acc: Any, block: Block) -> Any:
+        """The accumulator with one more block; rows that are not OK have been zeroed and weigh nothing."""
+        ...
+
+    def finish(self, acc: Any) -> tuple[Change, State]:
+        """The aggregate, and the state to keep."""
+        ...
+
+
+class ServerOptimizer(Protocol):
+    """FedOpt: x <- step(x, -update)."""
+
+    def init(self, x: Vector) -> State: ...
+
+    def step(self, x: Vector, update: Vector, state: State) -> tuple[Vector, State]: ...
+
+
+class Participation(Protocol):
+    """WHO takes part."""
+
+    def draw(self, round: int, key: Key, available: Tensor) -> Tensor:
+        """available [N] bool -> ids [M] int64, M >= 1, no id twice."""
+        ...
+
+
+class Clients(Protocol):
+    """Data of N clients: one split of it (train, test)."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def sizes(self) -> Tensor:
+        """[N] int64 samples."""
+        ...
+
+    def fetch(self, ids: Tensor, index: Tensor) -> Batch:
+        """Samples `index` [m, b] of clients `ids` [m] -> named tensors [m, b, ..]."""
+        ...
+
+
+class Task(Protocol):
+    """The border to the user's world: model, loss, metrics and data. Built once, then read only."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def train(self) -> Clients: ...
+
+    @property
+    def tracked(self) -> frozenset[str]:
+        """Buffers that a training step changes."""
+        ...
+
+    @property
+    def sequential_only(self) -> str:
+        """Why the stacked path cannot run this model, or "" if it can."""
+        ...
+
+    def held_out(self, split: str) -> Clients:
+        """The clients' own data of a split: "train", "validation" or "test"."""
+        ...
+
+    def loss(self, params: dict[str, Tensor], batch: Batch, key: Key) -> Tensor:
+        """Mean loss [] over the samples that are not padding, in training mode with randomness from the key."""
+        ...
+
+    def measure(self, params: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Sums [] over the samples that are not padding, in evaluation mode: "count", "loss" and each metric."""
+        ...
+
+
+class Engine(Protocol):
+    """WHERE clients run."""
+
+    def begin(self, cast: Cast, plan: Plan, sync: State) -> None:
+        """Send each client of the plan what it lacks; training starts with `advance`."""
+        ...
+
+    def advance(self, steps: int) -> Observations:
+        """Up to `steps` local steps on every live client; then a few bytes from each."""
+        ...
+
+    def collect(self) -> Iterator[Block]:
+        """The decoded uploads, block after block; a block may be dropped once it is aggregated."""
+        ...
+
+    def commit(self, accepted: Tensor) -> None:
+        """These clients keep their new state; all others stay as if they had not been drawn."""
+        ...
+
+    def evaluate(self, ids: Tensor, cast: Cast, split: str) -> dict[str, Tensor]:
+        """Sums [len(ids)] by name, measured where the data are."""
+        ...

@@ -1,0 +1,65 @@
+"""The flat vector and its names.
+
+Symbols: d parameters; vec [d] (or [.., d]); views {name: [.., *shape]}. Order is the model's parameter order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Vector = Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the tensors that make up a flat vector.
+
+    >>> layout = Layout(("w", "b"), ((2, 3), (2,)))
+    >>> layout.d, layout.views(torch.arange(8.0))["b"].tolist()
+    (8, [6.0, 7.0])
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        """The layout of named tensors, in their order."""
+        return cls(tuple(tensors), tuple(tuple(tensor.shape) for tensor in tensors.values()))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of values of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def d(self) -> int:
+        """Number of values in all."""
+        return sum(self.sizes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that two layouts share only if names and shapes agree."""
+        text = repr((self.names, self.shapes)).encode()
+        return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+    def flatten(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Vector:
+        """Named tensors -> [d]."""
+        if not self.names:
+            return torch.zeros(0, dtype=dtype)
+        return torch.cat([tensors[name].reshape(-1).to(dtype) for name in self.names])
+
+    def views(self, vec: Vector) -> dict[str, Tensor]:
+        """[.., d] -> named tensors that share its memory."""
+        parts = torch.split(vec, self.sizes, dim=-1)
+        lead = vec.shape[:-1]
+        return {
+            name: part.view(*lead, *shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }

@@ -1,0 +1,6 @@
+"""WHERE clients run: sequential, loopback (over real bytes) and stacked (many clients at once), the same round text."""
+
+from taciturn.engines.local import LocalEngine
+from taciturn.engines.modes import ENGINES, build
+
+__all__ = ["ENGINES", "LocalEngine", "build"]

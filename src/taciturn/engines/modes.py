@@ -1,0 +1,148 @@
+"""Three ways to run the local engine.
+
+sequential  one client after another, no client axis: the plain reading of client.py.
+loopback    sequential, and each message is packed to bytes, unpacked, and nothing else reaches the other side.
+stacked     a block of clients at once through `torch.vmap`; falls back to one at a time, and says why, for models that
+            vmap cannot batch.
+Laws: sequential = loopback in every bit and byte; stacked = sequential to rounding, and in every byte and draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taciturn import client
+from taciturn.client import Work
+from taciturn.core.errors import require, unknown
+from taciturn.core.random import Key
+from taciturn.core.state import row, stack, tree_map
+from taciturn.core.types import Payload
+from taciturn.engines.local import LocalEngine
+from taciturn.method import Method
+from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
+
+ENGINES = ("auto", "loopback", "sequential", "stacked")
+BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block: small blocks keep the weights in cache
+
+
+def one(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The client axis of a block of one: squeezed away before, put back after."""
+
+    def lifted(*arguments: Any) -> Any:
+        return _walk(fn(*_walk(arguments, lambda t: t.squeeze(0))), lambda t: t.unsqueeze(0))
+
+    return lifted
+
+
+def _walk(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(tree, tuple):
+        return tuple(_walk(item, fn) for item in tree)
+    return tree_map(fn, tree)
+
+
+def many(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The client axis of a block: added by `torch.vmap`."""
+    return torch.vmap(fn)
+
+
+@dataclass
+class Direct:
+    """Payloads pass as they are; their packed size is computed."""
+
+    def introduce(self, schema: Schema) -> int:
+        """Bytes of the schema's text."""
+        return len(schema.text)
+
+    def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
+        """The payload itself, and `nbytes` of each row."""
+        sizes = torch.vmap(nbytes)(payload) if payload else torch.zeros(len(ids), dtype=torch.int64)
+        return payload, sizes
+
+
+@dataclass
+class Wired:
+    """Payloads are packed and unpacked; what arrives is what the bytes say. `tap` sees every message."""
+
+    schemas: dict[int, Schema] = field(default_factory=dict)
+    tap: Callable[[bytes], None] | None = None
+
+    def introduce(self, schema: Schema) -> int:
+        """Send the schema as bytes and learn it from them."""
+        data = pack_schema(schema)
+        self._tap(data)
+        learnt = unpack_schema(data)
+        self.schemas[learnt.id] = learnt
+        return len(data) - FRAME
+
+    def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
+        """Each row as bytes and back."""
+        arrived, sizes = [], []
+        for place, i in enumerate(ids.tolist()):
+            mine = row(payload, place)
+            data = pack(Frame(kind, mine, round, i))
+            self._tap(data)
+            sizes.append(len(data) - FRAME)
+            got = unpack(data, self.schemas).payload
+            arrived.append({name: tensor.to(mine[name].device) for name, tensor in got.items()})
+        return stack(arrived), torch.tensor(sizes)
+
+    def _tap(self, data: bytes) -> None:
+        if self.tap is not None:
+            self.tap(data)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Which way an engine took, and why: for the record."""
+
+    name: str
+    path: str
+    block: int
+    why: str
+
+
+def choose(name: str, work: Work, method: Method, block: int | None) -> Path:
+    """The way to run: by the engine's name, the model's structure and its size. Errors: `UnknownName`."""
+    if name not in ENGINES:
+        raise unknown("engine", name, ENGINES, "engine")
+    require(block is None or block >= 1, f"block: at least 1 client; got {block}")
+    if name in ("sequential", "loopback"):
+        return Path(name, "one client at a time", 1, "asked for")
+    reason = work.task.sequential_only or _probe(work, method)
+    if reason:
+        return Path("sequential", "one client at a time", 1, reason)
+    size = block or max(1, min(64, BLOCK_VALUES // max(1, work.split.layout.d + work.split.personal.d)))
+    return Path("stacked", "vmap", size, f"blocks of {size}: " + ("asked for" if block else "by the size of the model"))
+
+
+def _probe(work: Work, method: Method) -> str:
+    """Why one stacked step of two copies of the first client fails, or ""."""
+    ids = torch.zeros(2, dtype=torch.int64)
+    try:
+        own = stack([work.newcomer()] * 2)
+        start = work.split.x0.expand(2, -1)
+        local = many(lambda x, o: client.begin(work, x, o))(start, own)
+        batch = work.task.train.fetch(ids, torch.zeros(2, 2, dtype=torch.int64))
+        batch["mask"] = torch.ones(2, 2, dtype=torch.bool, device=start.device)
+        lr_scale = torch.ones((), dtype=start.dtype, device=start.device)
+        held = {"x": work.split.x0}
+        many(lambda *a: client.step(work, held, *a, lr_scale))(local, batch, ids.to(start.device))
+    except Exception as error:  # whatever vmap or the model raises: one at a time still works
+        return f"torch.vmap cannot batch this model: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return ""
+
+
+def build(
+    name: str, work: Work, method: Method, key: Key, *, block: int | None = None, **faults: Any
+) -> tuple[LocalEngine, Path]:
+    """The engine of that name, and the path it takes. name: auto (stacked where possible), or one of `ENGINES`."""
+    path = choose(name, work, method, block)
+    lift = many if path.path == "vmap" else one
+    wired = path.name == "loopback"
+    carry = Wired() if wired else Direct()
+    return LocalEngine(work, method, key, lift=lift, carry=carry, block=path.block, copies=wired, **faults), path

@@ -1,0 +1,1 @@
+"""An experiment: what is run, how it is written down, how it is resumed."""

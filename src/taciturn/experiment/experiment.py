@@ -1,0 +1,66 @@
+"""An experiment: task, method and how long, as one frozen record.
+
+Units: rounds; seconds of wall time; bytes up and down together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from taciturn.core.errors import require
+from taciturn.method import Method
+from taciturn.tasks.spec import TaskSpec
+from taciturn.tasks.task import Task
+
+Callback = Callable[[dict[str, Any]], None]  # is called with the record's line after every round
+
+
+@dataclass(frozen=True, slots=True)
+class StopAt:
+    """End a run early: when the leading metric is reached, after so many bytes (up + down), or seconds."""
+
+    metric: float | None = None
+    bytes: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run.
+
+    engine: auto | sequential | loopback | stacked. block: clients of a stacked block (None: by the size of the model).
+    evaluate_every: rounds between two evaluations of the leading metric, on the server's test set where there is one and
+    nothing is personal, else on the clients' own held-out data. evaluate_clients_every: rounds between two evaluations of
+    the clients' own data (0: at the end only; it costs traffic, counted apart). evaluate_on: which of their splits.
+    target: a level of the leading metric that the report marks.
+    """
+
+    task: Task | TaskSpec
+    method: Method = Method()
+    rounds: int = 20
+    seed: int = 0
+    name: str = "run"
+    engine: str = "auto"
+    block: int | None = None
+    device: str = "cpu"
+    dtype: Literal["float32", "float64"] = "float32"
+    evaluate_every: int = 1
+    evaluate_clients_every: int = 0
+    evaluate_on: Literal["test", "validation", "train"] = "test"
+    checkpoint_every: int = 1
+    target: float | None = None
+    stop_at: StopAt = StopAt()
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, f"rounds: at least 1; got {self.rounds}")
+        require(self.evaluate_every >= 1, f"evaluate_every: at least 1 round; got {self.evaluate_every}")
+        require(
+            self.evaluate_clients_every >= 0, f"evaluate_clients_every: at least 0; got {self.evaluate_clients_every}"
+        )
+        require(self.checkpoint_every >= 1, f"checkpoint_every: at least 1 round; got {self.checkpoint_every}")
+
+    def replace(self, **fields: Any) -> Experiment:
+        """The same experiment with some fields changed."""
+        return replace(self, **fields)

@@ -1,0 +1,55 @@
+"""What a run would cost, before it is run.
+
+Units: bytes; seconds of one local step, measured; M clients of a round.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from taciturn.core import random
+from taciturn.core.state import leaves
+from taciturn.experiment.experiment import Experiment
+from taciturn.experiment.runner import prepare
+from taciturn.round import fed_round, plan_round
+
+
+def preview(experiment: Experiment) -> dict[str, Any]:
+    """One round is run on a copy and thrown away: sizes, bytes of that round, memory of a block, seconds.
+
+    bytes_up / bytes_down: of the first round without what is sent once a run; bytes_once: schemas and sizes.
+    seconds: of the second of two trial rounds. memory: model, server state and the records of one block, in bytes.
+    """
+    run = prepare(experiment)
+    method, sizes, split = experiment.method, run.task.train.sizes, run.work.split
+    key = random.fold(run.key, "round", 0)
+    ids = method.participation.draw(0, key, torch.ones(len(sizes), dtype=torch.bool))
+    plan, _ = plan_round(0, ids, sizes[ids], method)
+    for _ in range(2):
+        began = time.perf_counter()
+        fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
+        seconds = time.perf_counter() - began
+        traffic = run.engine.ledger.close_round()
+    once = sum(e["payload"] + e["frame"] for k, e in run.engine.ledger.totals.items() if k.endswith("/setup"))
+    record = sum(t.numel() * t.element_size() for t in leaves(run.work.newcomer())) + 4 * split.layout.d * 4
+    return {
+        "name": experiment.name,
+        "clients": len(sizes),
+        "cohort": len(ids),
+        "samples": int(sizes.sum()),
+        "d": split.layout.d,
+        "p": split.personal.d,
+        "engine": f"{run.path.name} ({run.path.why})",
+        "randomness": run.task.randomness,
+        "steps_mean": float(plan.limit.to(torch.float64).mean()),
+        "bytes_up": traffic["up"],
+        "bytes_down": traffic["down"],
+        "bytes_once": once,
+        "bytes_all_rounds": (traffic["up"] + traffic["down"]) * experiment.rounds,
+        "memory_bytes": record * min(run.path.block, len(ids)) + 4 * split.layout.d * 4,
+        "seconds_per_round": seconds,
+        "seconds_all_rounds": seconds * experiment.rounds,
+    }

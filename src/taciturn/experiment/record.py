@@ -1,0 +1,149 @@
+"""The run folder: what was run, one line a round, checkpoints; and who may write to it.
+
+run.json                    experiment, versions, sizes, the engine's path and every other choice that was measured
+config.toml                 the experiment, to run again
+record.jsonl                one line a round
+checkpoint-000012.safetensors   server, optimizer, clients and counters after round 12: one file, one rename
+model.safetensors           the named parameters after the last round
+result.json                 the summary of a finished run
+lock                        held (flock) while a process writes
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from taciturn.core.errors import RunError, RunLocked
+from taciturn.core.state import State, load_state, save_state, write_atomic
+
+FORMAT = 1
+KEPT = 2  # checkpoints
+
+
+class RunFolder:
+    """A run folder that this process writes to; a context manager that holds the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+        self._record: IO[bytes] | None = None
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            raise RunError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RunLocked(
+                f"another process writes to the run folder {self.path}; wait for it or choose another"
+            ) from error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._record is not None:
+            self._record.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    # -------------------------------------------------------------------------------------------------- begin, resume
+
+    def holds_run(self) -> bool:
+        """True if a run was started here."""
+        return (self.path / "run.json").exists()
+
+    def create(self, header: dict[str, Any], toml: str) -> None:
+        """Write run.json and config.toml of a new run."""
+        if self.holds_run():
+            raise RunError(
+                f"{self.path} holds a run already; resume it (--resume {self.path}) or choose another folder"
+            )
+        write_atomic(self.path / "config.toml", [toml.encode()])
+        write_atomic(self.path / "run.json", [json.dumps({"format": FORMAT, **header}, indent=1).encode()])
+
+    def header(self) -> dict[str, Any]:
+        """run.json. Errors: `RunError` if it is missing, broken or of another version."""
+        return read_header(self.path)
+
+    # ---------------------------------------------------------------------------------------------------------- rounds
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a round to the record, and see it to the disk before the checkpoint that counts it."""
+        path = self.path / "record.jsonl"
+        try:
+            if self._record is None:
+                self._record = open(path, "ab")  # noqa: SIM115
+            self._record.write(json.dumps(line).encode() + b"\n")
+            self._record.flush()
+            os.fsync(self._record.fileno())
+        except OSError as error:
+            self._record = None
+            raise RunError(
+                f"cannot write {path}: {error.strerror}; the last good checkpoint is kept: resume from {self.path}"
+            ) from error
+
+    def lines(self, rounds: int) -> list[dict[str, Any]]:
+        """The first `rounds` lines; what a crash left beyond the checkpoint is cut off and run again."""
+        path = self.path / "record.jsonl"
+        lines = read_lines(self.path)[:rounds]
+        if len(lines) < rounds:
+            raise RunError(f"{path} has {len(lines)} rounds, the checkpoint {rounds}; the record was cut by hand")
+        write_atomic(path, [json.dumps(line).encode() + b"\n" for line in lines])
+        return lines
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, round: int, state: State, meta: dict[str, Any]) -> None:
+        """Write the checkpoint after a round, then drop all but the newest two."""
+        save_state(self.path / f"checkpoint-{round:06d}.safetensors", state, {"format": FORMAT, "round": round, **meta})
+        for old in self._checkpoints()[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+    def load(self) -> tuple[State, dict[str, Any]] | None:
+        """The newest checkpoint that can be read; None if there is none. Errors: `RunError` if none can be read."""
+        found = self._checkpoints()
+        for path in reversed(found):
+            try:
+                return load_state(path)
+            except RunError:
+                if path == found[0]:
+                    raise
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.path.glob("checkpoint-*.safetensors"))
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """run.json of a folder. Errors: `RunError` if it is missing, broken or of another version."""
+    path = folder / "run.json"
+    try:
+        header: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise RunError(f"{folder} is not a run folder: it has no run.json") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}") from error
+    if header.get("format") != FORMAT:
+        raise RunError(f"{folder} was written in format {header.get('format')}; this version reads format {FORMAT}")
+    return header
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """All complete lines of the record; a torn last line (a crash while writing) is left out."""
+    path = folder / "record.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for raw in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(raw))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,136 @@
+"""What a run gives back.
+
+Units: bytes up and down without evaluation; seconds of wall time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from taciturn.core.errors import RunError
+from taciturn.core.state import write_atomic
+from taciturn.experiment.record import read_header, read_lines
+
+LEAST = 1
+
+
+def worst_decile(values: list[float], goal: str) -> float | None:
+    """Mean over the max(1, ceil(n / 10)) worst clients.
+
+    >>> worst_decile([0.1 * i for i in range(1, 11)], "max")
+    0.1
+    """
+    if not values:
+        return None
+    count = max(LEAST, -(-len(values) // 10))
+    return sum(sorted(values, reverse=goal == "min")[:count]) / count
+
+
+def summarize(header: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last known figures of a run: metric, loss, worst decile of clients, bytes, rounds, seconds."""
+    name, goal = header["metric"]["name"], header["metric"]["goal"]
+    last = lines[-1] if lines else {}
+    measured = next((line["metrics"] for line in reversed(lines) if line.get("metrics")), {})
+    spread = next((line["spread"] for line in reversed(lines) if line.get("spread")), None)
+    return {
+        "name": header["name"],
+        **measured,
+        "metric": name,
+        "worst_decile": worst_decile(spread[name], goal) if spread else None,
+        "bytes_up": last.get("bytes_up", 0),
+        "bytes_down": last.get("bytes_down", 0),
+        "bytes_evaluate": last.get("bytes_evaluate", 0),
+        "rounds": len(lines),
+        "seconds": round(last.get("seconds", 0.0), 3),
+        "left_out": sum(len(line["left_out"]) for line in lines),
+    }
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished (or stopped) run.
+
+    history: one dict a round, as in record.jsonl. tensors: the named parameters of the shared model, personal ones at
+    their start values. `client(name)` gives a client's own model. stopped: why the run ended.
+    """
+
+    header: dict[str, Any]
+    history: list[dict[str, Any]]
+    tensors: dict[str, Tensor]
+    stopped: str
+    folder: Path | None = None
+    _model: Callable[[dict[str, Tensor]], nn.Module] | None = field(default=None, repr=False)
+    _client: Callable[[str], dict[str, Tensor]] | None = field(default=None, repr=False)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The last known figures: metric, worst decile, bytes, rounds, seconds."""
+        return summarize(self.header, self.history)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last evaluation of the leading metrics."""
+        return next((line["metrics"] for line in reversed(self.history) if line.get("metrics")), {})
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes from clients to the server."""
+        return int(self.history[-1]["bytes_up"]) if self.history else 0
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes from the server to clients."""
+        return int(self.history[-1]["bytes_down"]) if self.history else 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model, in evaluation mode. Errors: `RunError` for a result that was loaded without its task."""
+        if self._model is None:
+            raise RunError(
+                "this result was loaded from a folder; load its tensors: model.load_state_dict(result.tensors)"
+            )
+        return self._model(self.tensors)
+
+    def client(self, name: str) -> nn.Module:
+        """The model of one client: shared and personal parameters. Errors: `RunError` as for `model`."""
+        if self._model is None or self._client is None:
+            raise RunError("personal models live with a run's clients; this result was loaded from a folder")
+        return self._model(self._client(name))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write header, history and tensors to a folder that `load` reads."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the folder {folder}: {error.strerror}") from error
+        write_atomic(folder / "record.jsonl", [json.dumps(line).encode() + b"\n" for line in self.history])
+        write_atomic(folder / "run.json", [json.dumps(self.header, indent=1).encode()])
+        self.save_model(folder)
+        return folder
+
+    def save_model(self, folder: Path) -> None:
+        """Write model.safetensors and result.json."""
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
+        write_atomic(folder / "model.safetensors", [save(tensors)])
+        done = self.summary | {"stopped": self.stopped}
+        write_atomic(folder / "result.json", [json.dumps(done, indent=1).encode()])
+
+
+def load(folder: str | Path) -> Result:
+    """The result in a run folder, or one that `Result.save` wrote. Errors: `RunError`."""
+    folder = Path(folder)
+    header = read_header(folder)
+    try:
+        tensors = load_file(folder / "model.safetensors")
+        stopped = json.loads((folder / "result.json").read_text())["stopped"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{folder} holds a run that has not ended: {error}; resume it") from error
+    return Result(header, read_lines(folder), tensors, stopped, folder)

@@ -1,0 +1,371 @@
+"""The loop around the round: draw, round, evaluate, record, checkpoint; and how a run goes on after a crash.
+
+Symbols: N clients; x [d] server model. Every draw is a function of (seed, round); what was measured (the engine's path)
+is read from run.json on resume, so a resumed run ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taciturn.client import Work
+from taciturn.core import random
+from taciturn.core.errors import AllClientsFailed, ConfigError, DataError, RunError
+from taciturn.core.state import State
+from taciturn.core.types import Cast, Payload
+from taciturn.engines import LocalEngine, build
+from taciturn.engines.modes import Path as EnginePath
+from taciturn.experiment.config import to_table, to_toml
+from taciturn.experiment.experiment import Callback, Experiment
+from taciturn.experiment.record import FORMAT, RunFolder
+from taciturn.experiment.result import Result
+from taciturn.round import RoundStats, ServerState, fed_round, start
+from taciturn.tasks.task import BuiltTask
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+MAY_DIFFER = ("rounds", "stop_at", "checkpoint_every", "evaluate_every", "evaluate_clients_every", "target", "name")
+
+
+@dataclass
+class _Run:
+    """A run in progress: static parts first, then what moves from round to round."""
+
+    experiment: Experiment
+    task: BuiltTask
+    work: Work
+    engine: LocalEngine
+    path: EnginePath
+    key: Tensor
+    server: ServerState
+    history: list[dict[str, Any]]
+    seconds: float = 0.0
+
+    @property
+    def from_clients(self) -> bool:
+        """True if the leading metric is measured on the clients' own data."""
+        return self.task.data.central is None or self.work.split.personal.d + self.work.split.buffers.d > 0
+
+
+def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faults: Any) -> _Run:
+    """Build task, split, engine and server; nothing is trained. header: of the run that is resumed."""
+    task = experiment.task.build(experiment.seed, experiment.device, DTYPES[experiment.dtype])
+    method = experiment.method
+    split = method.partition.split(task.model, task.tracked)
+    work = Work(task, split, method.solver, method.codec)
+    key = random.key(experiment.seed)
+    name, block = experiment.engine, experiment.block
+    if header is not None and name in ("auto", "stacked") and header["engine"]["path"] == "vmap":
+        block = header["engine"]["block"]
+    engine, path = build(name, work, method, key, block=block, **faults)
+    run = _Run(experiment, task, work, engine, path, key, start(split.x0, method), [])
+    if run.from_clients:
+        _evaluated_ids(run)  # an error now is better than one after training
+    return run
+
+
+def run(
+    experiment: Experiment,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **faults: Any,
+) -> Result:
+    """Run an experiment.
+
+    out: the run folder; without it nothing is written. resume: go on from the folder's last checkpoint (rounds and
+    stop_at may be larger now). callbacks get every line of the record; an exception in one ends the run.
+    Errors: `ConfigError`, `DataError`, `ModelError` before training; `RunError` and `AllClientsFailed` during it.
+    """
+    if out is None:
+        if resume:
+            raise ConfigError("resume: needs the run folder, out = ..")
+        state = prepare(experiment, **faults)
+        return _loop(state, _header(state), None, callbacks)
+    with RunFolder(Path(out)) as folder:
+        if not resume:
+            if folder.holds_run():
+                raise RunError(f"{out} holds a run already; resume it (--resume {out}) or choose another folder")
+            state = prepare(experiment, **faults)
+            folder.create(_header(state), to_toml(experiment))
+            return _loop(state, folder.header(), folder, callbacks)
+        header = folder.header()
+        _same_experiment(header["experiment"], to_table(experiment), folder.path)
+        state = prepare(experiment, header, **faults)
+        _restore(state, folder)
+        return _loop(state, header, folder, callbacks)
+
+
+def _loop(run: _Run, header: dict[str, Any], folder: RunFolder | None, callbacks: Sequence[Callback]) -> Result:
+    experiment, began = run.experiment, time.perf_counter() - run.seconds
+    stopped = _stop_reason(run)
+    with _interrupts() as interrupted:
+        while not stopped:
+            try:
+                stats = _round(run)
+            except AllClientsFailed as error:
+                where = f"; the last good checkpoint is in {folder.path}" if folder and run.server.round else ""
+                raise AllClientsFailed(f"{error}{where}") from error
+            run.seconds = time.perf_counter() - began
+            line = _line(run, stats, last=run.server.round == experiment.rounds)
+            run.history.append(line)
+            stopped = _stop_reason(run) or ("interrupted" if interrupted() else "")
+            if folder is not None:
+                folder.append(line)
+                if stopped or run.server.round % experiment.checkpoint_every == 0:
+                    folder.save(run.server.round, *_snapshot(run))
+            for callback in callbacks:
+                callback(line)
+    result = _result(run, header, stopped, folder.path if folder else None)
+    if folder is not None and stopped != "interrupted":
+        result.save_model(folder.path)
+    if stopped == "interrupted":
+        raise Interrupted(result)
+    return result
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: the round in progress was finished and, with a run folder, a checkpoint written."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(f"stopped after round {len(result.history)}")
+        self.result = result
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the round finish; the second ends at once. Only the main thread can listen."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def handler(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(caught)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _round(run: _Run) -> RoundStats:
+    method, sizes = run.experiment.method, run.task.train.sizes
+    key = random.fold(run.key, "round", run.server.round)
+    ids = method.participation.draw(run.server.round, key, torch.ones(len(sizes), dtype=torch.bool))
+    run.server, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, run.work.split.layout, key)
+    return stats
+
+
+def _stop_reason(run: _Run) -> str:
+    """Why the run is over, or ""."""
+    stop, last = run.experiment.stop_at, run.history[-1] if run.history else None
+    if run.server.round >= run.experiment.rounds:
+        return "rounds"
+    if last is None:
+        return ""
+    metric, goal = _leading(run.task)
+    value = (last["metrics"] or {}).get(metric)
+    if (
+        stop.metric is not None
+        and value is not None
+        and (value >= stop.metric if goal == "max" else value <= stop.metric)
+    ):
+        return "metric"
+    if stop.bytes is not None and last["bytes_up"] + last["bytes_down"] >= stop.bytes:
+        return "bytes"
+    return "seconds" if stop.seconds is not None and last["seconds"] >= stop.seconds else ""
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def _leading(task: BuiltTask) -> tuple[str, str]:
+    return (task.metrics[0].name, task.metrics[0].goal) if task.metrics else ("loss", "min")
+
+
+def _evaluated_ids(run: _Run) -> Tensor:
+    """Clients that hold samples of the evaluated split."""
+    sizes = run.task.held_out(run.experiment.evaluate_on).sizes
+    return (sizes > 0).nonzero().squeeze(1)
+
+
+def _cast(run: _Run) -> Cast:
+    """The model as it would be broadcast now; the next round sends this very cast."""
+    server, key = run.server, random.fold(random.fold(run.key, "round", run.server.round), "broadcast")
+    cast = run.experiment.method.broadcast.publish(server.x, server.round, server.cast, run.work.split.layout, key)
+    run.server = ServerState(server.round, server.x, server.opt, server.agg, server.sync, cast)
+    return cast
+
+
+def _evaluate_clients(run: _Run) -> tuple[dict[str, float], dict[str, Any]]:
+    """Pooled metrics over the clients, and each client's own."""
+    ids = _evaluated_ids(run)
+    sums = run.engine.evaluate(ids, _cast(run), run.experiment.evaluate_on)
+    rows = [
+        run.task.pool({n: float(v) for n, v in zip(sums, values, strict=True)})
+        for values in zip(*sums.values(), strict=True)
+    ]
+    spread: dict[str, Any] = {"ids": ids.tolist(), "count": [int(n) for n in sums["count"]]}
+    spread |= {name: [row[name] for row in rows] for name in rows[0]}
+    return run.task.pool({name: float(value.to(torch.float64).sum()) for name, value in sums.items()}), spread
+
+
+def _evaluate_central(run: _Run) -> dict[str, float]:
+    """Metrics of the server's model on the server's test set."""
+    central, split = run.task.data.central, run.work.split
+    assert central is not None
+    views = split.layout.views(run.server.x), split.personal.views(split.v0), split.buffers.views(split.b0)
+    held: State = {"x": run.server.x}
+    params = run.work.params(held, *views)
+    zero, total = torch.zeros(1, dtype=torch.int64), {}
+    for part in torch.arange(int(central.sizes[0])).split(1024):
+        batch: Payload = {name: t[0] for name, t in central.fetch(zero, part.unsqueeze(0)).items()}
+        batch["mask"] = torch.ones(len(part), dtype=torch.bool, device=run.server.x.device)
+        for name, value in run.task.measure(params, batch).items():
+            total[name] = total.get(name, 0.0) + float(value)
+    return run.task.pool(total)
+
+
+def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
+    """Evaluate where it is due; -> the round's line of the record."""
+    experiment, names = run.experiment, run.task.train.names
+    done, metrics, spread = run.server.round, None, None
+    due = last or done % experiment.evaluate_every == 0
+    every = experiment.evaluate_clients_every
+    held_out = run.from_clients or getattr(run.task.data, experiment.evaluate_on, None) is not None
+    if (due and run.from_clients) or (held_out and (last or (every and done % every == 0))):
+        metrics, spread = _evaluate_clients(run)
+    if due and not run.from_clients:
+        metrics = _evaluate_central(run)
+    traffic = run.engine.ledger.close_round()
+    evaluation = sum(e["payload"] + e["frame"] for k, e in traffic["by_kind"].items() if k.endswith("/evaluate"))
+    before = run.history[-1] if run.history else {"bytes_up": 0, "bytes_down": 0, "bytes_evaluate": 0}
+    spent = {way: sum(e["payload"] + e["frame"] for k, e in traffic["by_kind"].items()
+                      if k.startswith(way) and not k.endswith("/evaluate")) for way in ("up", "down")}  # fmt: skip
+    good = [loss for loss, i in zip(stats.loss.tolist(), stats.ids.tolist(), strict=True) if i not in stats.left_out]
+    return {
+        "round": done,
+        "loss": sum(good) / len(good),
+        "seconds": run.seconds,
+        "bytes_up": before["bytes_up"] + spent["up"],
+        "bytes_down": before["bytes_down"] + spent["down"],
+        "bytes_evaluate": before["bytes_evaluate"] + evaluation,
+        "metrics": metrics,
+        "spread": spread,
+        "steps": float(stats.steps.to(torch.float64).mean()),
+        "cohort": stats.ids.tolist(),
+        "left_out": [{"client": names[i], "why": why} for i, why in stats.left_out.items()],
+        "traffic": traffic,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- header, checkpoint
+
+
+def _header(run: _Run) -> dict[str, Any]:
+    metric, goal = _leading(run.task)
+    split = run.work.split
+    return {
+        "format": FORMAT,
+        "name": run.experiment.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"taciturn": version("taciturn"), "torch": torch.__version__, "python": platform.python_version()},
+        "experiment": to_table(run.experiment),
+        "seed": run.experiment.seed,
+        "engine": {"name": run.path.name, "path": run.path.path, "block": run.path.block, "why": run.path.why},
+        "threads": torch.get_num_threads(),
+        "randomness": run.task.randomness,
+        "layout": split.layout.fingerprint,
+        "d": split.layout.d,
+        "p": split.personal.d,
+        "clients": list(run.task.train.names),
+        "metric": {"name": metric, "goal": goal},
+        "measured_on": f"the clients' {run.experiment.evaluate_on} data"
+        if run.from_clients
+        else "the server's test set",
+        "target": run.experiment.target,
+        "note": run.task.data.note,
+    }
+
+
+def _same_experiment(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    changed = [k for k in {*before, *now} if k not in MAY_DIFFER and before.get(k) != now.get(k)]
+    if changed:
+        raise RunError(
+            f"{folder} was run with another {', '.join(sorted(changed))}; a resumed run keeps them (only "
+            f"{', '.join(MAY_DIFFER)} may change)"
+        )
+
+
+def _snapshot(run: _Run) -> tuple[State, dict[str, Any]]:
+    server, cast = run.server, run.server.cast
+    state: State = {
+        "x": server.x,
+        "opt": server.opt,
+        "agg": server.agg,
+        "sync": server.sync,
+        "engine": run.engine.export(),
+    }
+    meta: dict[str, Any] = {
+        "seconds": run.seconds,
+        "totals": run.engine.ledger.totals,
+        "layout": run.work.split.layout.fingerprint,
+    }
+    if cast is not None:
+        state["held"] = cast.held
+        state["log"] = {str(number): payload for number, payload in cast.log}
+        meta["cast"] = {"version": cast.version, "source": cast.source}
+    return state, meta
+
+
+def _restore(run: _Run, folder: RunFolder) -> None:
+    found = folder.load()
+    if found is None:
+        folder.lines(0)
+        return
+    state, meta = found
+    if meta["layout"] != run.work.split.layout.fingerprint:
+        raise RunError(f"{folder.path}: the checkpoint is of another model (names or shapes of its parameters differ)")
+    cast = None
+    if "cast" in meta:
+        log = sorted((int(number), payload) for number, payload in state.get("log", {}).items())
+        cast = Cast(meta["cast"]["version"], meta["cast"]["source"], state["held"], tuple(log))
+    records = (state.get(name, {}) for name in ("opt", "agg", "sync"))
+    run.server = ServerState(meta["round"], state["x"], *records, cast)
+    run.engine.restore(state["engine"])
+    run.engine.ledger.totals = meta["totals"]
+    run.history = folder.lines(meta["round"])
+    run.seconds = meta["seconds"]
+
+
+def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None) -> Result:
+    split = run.work.split
+    names = run.task.train.names
+
+    def tensors(v: Tensor, b: Tensor) -> dict[str, Tensor]:
+        views = split.layout.views(run.server.x), split.personal.views(v), split.buffers.views(b)
+        return {**run.task.model.state_dict(), **run.work.params({"x": run.server.x}, *views)}
+
+    def client(name: str) -> dict[str, Tensor]:
+        if name not in names:
+            raise DataError(f"there is no client {name!r}")
+        own = run.engine.store.read(torch.tensor([list(names).index(name)]))
+        return tensors(own["v"][0], own["b"][0])
+
+    return Result(header, run.history, tensors(split.v0, split.b0), stopped, folder, run.task.model_with, client)

@@ -1,0 +1,161 @@
+"""A run folder, read from its files only; nothing is trained, imported or guessed.
+
+    run.json       what was run: name, seed, configuration, engine, versions, metric and its goal (format 1)
+    record.jsonl   one line a round: loss, metrics, cumulative bytes and seconds, traffic by kind, clients left out
+    result.json    the final summary; absent while a run is going on and after it was interrupted
+
+Units: bytes are bytes on the line (payload + frame), seconds are wall-clock seconds, rounds count from 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taciturn.core.errors import RunError
+
+FORMAT = 1
+GOALS = ("max", "min")
+NEEDED = ("round", "bytes_up", "bytes_down")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: what was asked (`header`, the content of run.json) and what happened (`rounds`, one dict a round)."""
+
+    path: Path
+    name: str
+    seed: int
+    metric: str
+    goal: str
+    header: dict[str, Any]
+    rounds: tuple[dict[str, Any], ...]
+    result: dict[str, Any] | None = None
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes sent by clients in the whole run."""
+        return int(self.rounds[-1]["bytes_up"])
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes sent to clients in the whole run."""
+        return int(self.rounds[-1]["bytes_down"])
+
+    @property
+    def bytes_evaluate(self) -> int:
+        """Bytes spent on evaluation in the whole run."""
+        return int(self.rounds[-1].get("bytes_evaluate") or 0)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the whole run."""
+        return float(self.rounds[-1].get("seconds") or 0.0)
+
+    @property
+    def target(self) -> float | None:
+        """The value of the metric that the run's own configuration aims at, if any."""
+        return number(self.header.get("target"))
+
+    def client(self, index: object) -> str:
+        """The name of a client, given its index in run.json's list or its name."""
+        names = self.header.get("clients") or []
+        if isinstance(index, int) and 0 <= index < len(names):
+            return str(names[index])
+        return str(index)
+
+
+def number(value: object) -> float | None:
+    """A finite number as a float, or None for anything else (null, NaN, text).
+
+    >>> number(2), number(float("nan")), number(None)
+    (2.0, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run folder. A torn last line of the record (a run killed while it wrote) is left out.
+
+    Where a resumed run repeats rounds, the later lines count. Raises `RunError`, which names the path, for a folder
+    that is no run folder, that another format wrote, that has no finished round, or with a line that cannot be read.
+    """
+    folder = Path(path)
+    header = _read_header(folder)
+    rounds = _read_record(folder / "record.jsonl")
+    metric = header["metric"]
+    return Run(
+        path=folder,
+        name=str(header["name"]),
+        seed=int(header["seed"]),
+        metric=str(metric["name"]),
+        goal=str(metric["goal"]),
+        header=header,
+        rounds=tuple(rounds),
+        result=_read_json(folder / "result.json") if (folder / "result.json").is_file() else None,
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file}: holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    file = folder / "run.json"
+    if not file.is_file():
+        raise RunError(f"{folder}: not a run folder: it has no run.json")
+    header = _read_json(file)
+    if header.get("format") != FORMAT:
+        raise RunError(f"{folder}: written by format {header.get('format')}, this reads {FORMAT}")
+    for key, kind in (("name", str), ("seed", int), ("metric", Mapping)):
+        if not isinstance(header.get(key), kind):
+            raise RunError(f"{file}: {key!r} is {header.get(key)!r}, expected a {kind.__name__.lower()}")
+    if not isinstance(header["metric"].get("name"), str) or header["metric"].get("goal") not in GOALS:
+        raise RunError(f"{file}: metric is {header['metric']!r}, expected a name and a goal of {' or '.join(GOALS)}")
+    return header
+
+
+def _read_record(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise RunError(f"{file.parent}: has no rounds: record.jsonl is missing") from error
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    rounds: list[dict[str, Any]] = []
+    for index, text in enumerate(lines):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if index == len(lines) - 1:
+                break  # torn: the process was killed while it wrote this line
+            raise RunError(f"{file}: line {index + 1} is not JSON: {error}") from error
+        _check_line(line, f"{file}: line {index + 1}")
+        while rounds and rounds[-1]["round"] >= line["round"]:
+            rounds.pop()  # a resumed run went back to its checkpoint
+        rounds.append(line)
+    if not rounds:
+        raise RunError(f"{file.parent}: has no rounds: record.jsonl holds no finished round")
+    return rounds
+
+
+def _check_line(line: object, where: str) -> None:
+    if not isinstance(line, dict):
+        raise RunError(f"{where} holds a {type(line).__name__}, expected an object")
+    for key in NEEDED:
+        if number(line.get(key)) is None:
+            raise RunError(f"{where}: {key!r} is {line.get(key)!r}, expected a number")

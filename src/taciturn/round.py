@@ -1,0 +1,102 @@
+"""One communication round of federated learning. Read this first.
+
+Symbols: x [d] the server's model; M clients of the cohort; u_i [d] the update of client i; key [] of this round.
+What a client does is in `client.py`; where it does it, in `engines/`; every part is a field of `Method`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from taciturn.core.errors import AllClientsFailed
+from taciturn.core.random import Key, fold
+from taciturn.core.state import State
+from taciturn.core.types import OK, STATUS, Cast, Engine, Plan
+from taciturn.core.vector import Layout, Vector
+from taciturn.method import Method
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server carries from round to round: rounds done, model, and the state of its parts."""
+
+    round: int
+    x: Vector
+    opt: State
+    agg: State
+    sync: State
+    cast: Cast | None = None
+
+
+@dataclass(frozen=True)
+class RoundStats:
+    """What a round tells the record: per client [M], and what each left-out client failed of."""
+
+    ids: Tensor
+    loss: Tensor
+    steps: Tensor
+    status: Tensor
+    exchanges: int
+    left_out: dict[int, str] = field(default_factory=dict)
+
+
+def start(x0: Vector, method: Method) -> ServerState:
+    """The server before the first round."""
+    return ServerState(0, x0, method.server.init(x0), method.aggregator.init(x0), method.sync.init())
+
+
+def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method) -> tuple[Plan, int]:
+    """Who does how much and counts how much: sizes [M] samples -> (plan, steps between two observations)."""
+    epoch_steps = (sizes + method.batch_size - 1) // method.batch_size
+    limit, stride = method.sync.schedule(epoch_steps)
+    return Plan(round, ids, limit, method.aggregator.weigh(sizes), method.solver.schedule(round)), stride
+
+
+def fed_round(
+    server: ServerState, ids: Tensor, sizes: Tensor, method: Method, engine: Engine, layout: Layout, key: Key
+) -> tuple[ServerState, RoundStats]:
+    """Server state and a cohort -> the next server state. Errors: `AllClientsFailed`; the state is as before."""
+    plan, stride = plan_round(server.round, ids, sizes, method)  # 1 work and weight of each client
+    down_key = fold(key, "broadcast")
+    cast = method.broadcast.publish(
+        server.x, server.round, server.cast, layout, down_key
+    )  # 2 encode the model once ...
+    engine.begin(cast, plan, server.sync)  #   ... and send each client what it lacks
+    done, stop = 0, False
+    while not stop:  # 3 local training on every client
+        seen = engine.advance(stride)  # 4   a few local steps; a few bytes come back
+        done += 1
+        stop = not seen.live.any() or method.sync.stop(seen, done, server.sync)  # 5   until the rule says so
+    total = method.aggregator.start(server.agg, server.x)
+    blocks = []
+    for block in engine.collect():  # 6 encoded updates arrive, are decoded, checked finite ...
+        total = method.aggregator.add(total, block)  # 7 ... and aggregated
+        blocks.append((block.ids, block.stats, block.status))
+    stats = _gather(blocks, done)
+    accepted = stats.ids[stats.status == OK]
+    if not len(accepted):
+        raise AllClientsFailed(_obituary(server.round, stats))
+    change, agg = method.aggregator.finish(total)
+    x, opt = method.server.step(server.x, change.update, server.opt)  # 8 server optimizer (FedOpt)
+    sync = method.sync.update(server.sync, done, {"loss": stats.loss}, change)  # 9 the rule's next threshold
+    engine.commit(accepted)  # 10 accepted clients keep their new state
+    return replace(server, round=server.round + 1, x=x, opt=opt, agg=agg, sync=sync, cast=cast), stats
+
+
+def _gather(blocks: list[tuple[Tensor, dict[str, Tensor], Tensor]], done: int) -> RoundStats:
+    ids = torch.cat([ids for ids, _, _ in blocks])
+    loss, steps = (torch.cat([stats[name] for _, stats, _ in blocks]) for name in ("loss", "steps"))
+    status = torch.cat([status for _, _, status in blocks])
+    left_out = {int(i): STATUS[int(s)] for i, s in zip(ids, status, strict=True) if s != OK}
+    return RoundStats(ids, loss, steps, status, done, left_out)
+
+
+def _obituary(round: int, stats: RoundStats) -> str:
+    why = ", ".join(sorted(set(stats.left_out.values())))
+    return (
+        f"round {round + 1}: none of the {len(stats.ids)} clients returned a finite update ({why}); the model is as "
+        "before this round. Most often the client learning rate is too high: lower method.solver.lr, or set its clip"
+    )

@@ -1,0 +1,5 @@
+"""WHEN to synchronise. Every exported name is a part that can stand in `[method.sync]`."""
+
+from taciturn.sync.every import every
+
+__all__ = ["every"]

@@ -1,0 +1,1 @@
+"""The border to the user's world: model, loss, metrics and data."""

@@ -1,0 +1,24 @@
+"""WHERE the data come from and how they are divided. Every exported name is a part that can stand in `[data]`.
+
+A source (a class with `load(seed) -> Federation`) is the table `[data]` itself; a split stands in its field `split`.
+"""
+
+from taciturn.tasks.data.files import folder, table
+from taciturn.tasks.data.real import activity, air, heart, turbofan
+from taciturn.tasks.data.sources import digits, fashion, mnist5k
+from taciturn.tasks.data.splits import dirichlet, iid, shards
+
+__all__ = [
+    "activity",
+    "air",
+    "digits",
+    "dirichlet",
+    "fashion",
+    "folder",
+    "heart",
+    "iid",
+    "mnist5k",
+    "shards",
+    "table",
+    "turbofan",
+]

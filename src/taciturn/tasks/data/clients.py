@@ -1,0 +1,168 @@
+"""The data of N clients, in memory or lazy, and the federation they make up.
+
+Symbols: S samples in all; n_i samples of client i; ids [m] clients; index [m, b] sample numbers within each client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taciturn.core import random
+from taciturn.core.errors import DataError, require
+from taciturn.core.types import Batch
+
+
+class Samples(Protocol):
+    """A map-style dataset, such as `torch.utils.data.Dataset`: sample i is a dict or a tuple of tensors."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+def _refuse_empty(names: Sequence[str], sizes: Tensor) -> None:
+    if len(names) == 0:
+        raise DataError("there is no client")
+    empty = [names[i] for i in (sizes == 0).nonzero().squeeze(1).tolist()]
+    if empty:
+        shown = ", ".join(repr(name) for name in empty[:5])
+        raise DataError(
+            f"{len(empty)} of {len(names)} clients have no sample: {shown}; leave them out or give them data"
+        )
+
+
+@dataclass(frozen=True)
+class TableClients:
+    """Clients as row numbers into tables that all share: nothing is copied per client.
+
+    fields: {name: [S, ..]}; rows [sum n_i] int64: the row numbers of client 0, then of client 1, ..; offsets [N + 1].
+    Errors: `DataError` naming the clients that have no sample.
+    """
+
+    names: tuple[str, ...]
+    fields: dict[str, Tensor]
+    rows: Tensor
+    offsets: Tensor
+
+    def __post_init__(self) -> None:
+        _refuse_empty(self.names, self.sizes)
+
+    @classmethod
+    def of(cls, fields: dict[str, Tensor], owners: dict[str, Any]) -> TableClients:
+        """From {client name: row numbers}."""
+        rows = [torch.as_tensor(np.asarray(index), dtype=torch.int64) for index in owners.values()]
+        offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
+        offsets[1:] = torch.tensor([len(index) for index in rows]).cumsum(0)
+        joined = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+        return cls(tuple(owners), fields, joined, offsets)
+
+    @property
+    def sizes(self) -> Tensor:
+        """[N] samples."""
+        return self.offsets.diff()
+
+    def fetch(self, ids: Tensor, index: Tensor) -> Batch:
+        """Samples `index` [m, b] of clients `ids` [m] -> {name: [m, b, ..]}."""
+        rows = self.rows[self.offsets[ids].unsqueeze(1) + index]
+        return {name: values[rows.to(values.device)] for name, values in self.fields.items()}
+
+    def to(self, device: torch.device | str) -> TableClients:
+        """The same clients with their tables on a device."""
+        return replace(self, fields={name: values.to(device) for name, values in self.fields.items()})
+
+
+@dataclass(frozen=True)
+class LazyClients:
+    """One map-style dataset a client; samples are read when a batch needs them.
+
+    A sample is a dict of tensors, or a tuple (input, target). Errors: `DataError` for empty clients and for samples of
+    other shapes.
+    """
+
+    names: tuple[str, ...]
+    datasets: tuple[Samples, ...]
+    device: torch.device | str = "cpu"
+    sizes: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", torch.tensor([len(dataset) for dataset in self.datasets], dtype=torch.int64))
+        _refuse_empty(self.names, self.sizes)
+
+    def fetch(self, ids: Tensor, index: Tensor) -> Batch:
+        """Samples `index` [m, b] of clients `ids` [m] -> {name: [m, b, ..]}."""
+        m, b = index.shape
+        samples = [
+            _named(self.datasets[client][i], self.names[client])
+            for client, row in zip(ids.tolist(), index.tolist(), strict=True)
+            for i in row
+        ]
+        try:
+            stacked = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        except (KeyError, RuntimeError) as error:
+            raise DataError(
+                f"samples of clients {[self.names[i] for i in ids.tolist()]} do not stack: {error}"
+            ) from error
+        return {name: values.reshape(m, b, *values.shape[1:]).to(self.device) for name, values in stacked.items()}
+
+    def to(self, device: torch.device | str) -> LazyClients:
+        """The same clients, with batches on a device."""
+        return replace(self, device=device)
+
+
+def _named(sample: Any, client: str) -> dict[str, Tensor]:
+    if isinstance(sample, dict):
+        return {name: torch.as_tensor(value) for name, value in sample.items()}
+    if isinstance(sample, (tuple, list)) and len(sample) == 2:
+        return {"input": torch.as_tensor(sample[0]), "target": torch.as_tensor(sample[1])}
+    raise DataError(
+        f"a sample of client {client!r} is {type(sample).__name__}; give (input, target) or a dict of tensors"
+    )
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything that is known of the data: the clients' splits and, where there is one, a test set of the server.
+
+    kind: "classification" (targets int64, `outputs` classes) or "regression" (targets float32 [outputs]).
+    """
+
+    train: TableClients | LazyClients
+    kind: str
+    outputs: int
+    validation: TableClients | LazyClients | None = None
+    test: TableClients | LazyClients | None = None
+    central: TableClients | LazyClients | None = None
+    note: str = ""
+
+    def to(self, device: torch.device | str) -> Federation:
+        """The same federation on a device."""
+        moved = {n: getattr(self, n).to(device) for n in ("train", "validation", "test", "central") if getattr(self, n)}
+        return replace(self, **moved)
+
+
+def hold_out(
+    owners: dict[str, Any], *, test: float = 0.0, validation: float = 0.0, seed: int = 0
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Each client's rows -> (train, validation, test) rows, drawn at random within the client.
+
+    A client keeps at least one training sample; one with too few samples has no held-out part (left out of that split).
+    """
+    require(
+        0 <= test < 1 and 0 <= validation < 1 and test + validation < 1, f"{test=}, {validation=}: fractions below 1"
+    )
+    parts: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
+    for number, (name, rows) in enumerate(owners.items()):
+        rows = np.asarray(rows)
+        order = rows[random.permutation(random.fold(random.key(seed), "hold_out", number), len(rows)).numpy()]
+        n_test, n_val = int(test * len(rows)), int(validation * len(rows))
+        cut = (order[n_test + n_val :], order[n_test : n_test + n_val], order[:n_test])
+        for part, index in zip(parts, cut, strict=True):
+            if len(index):
+                part[name] = np.sort(index)
+    return parts

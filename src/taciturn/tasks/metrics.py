@@ -1,0 +1,69 @@
+"""Losses and metrics as sums that travel: one value a sample, so that padding and pooling change nothing.
+
+Symbols: output [b, ..] of the model; target [b, ..]; value [b] float.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A mean over samples: `values(output, target)` gives [b]; `finish` is applied to the pooled mean.
+
+    goal "max" (accuracy) or "min" (an error).
+    """
+
+    name: str
+    values: Callable[[Any, Any], Tensor]
+    goal: Literal["max", "min"] = "max"
+    finish: Callable[[float], float] = float
+
+
+def per_sample(loss: Callable[..., Tensor]) -> Callable[[Any, Any], Tensor]:
+    """A loss of `torch.nn` or `torch.nn.functional`, or one of the user's -> one that gives [b].
+
+    Modules and functions that take `reduction` are called with "none"; trailing axes are averaged.
+    """
+    if hasattr(loss, "reduction"):
+        loss.reduction = "none"
+        raw = loss
+    else:
+        try:
+            import inspect
+
+            takes = "reduction" in inspect.signature(loss).parameters
+        except (TypeError, ValueError):
+            takes = False
+        raw = (lambda output, target: loss(output, target, reduction="none")) if takes else loss
+
+    def values(output: Any, target: Any) -> Tensor:
+        value = raw(output, target)
+        return value.flatten(1).mean(1) if value.dim() > 1 else value
+
+    return values
+
+
+def _accuracy(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(-1) == target).float()
+
+
+def _square(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target, reduction="none").flatten(1).mean(1)
+
+
+def _absolute(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).abs().flatten(1).mean(1)
+
+
+accuracy = Metric("accuracy", _accuracy)
+mse = Metric("mse", _square, "min")
+rmse = Metric("rmse", _square, "min", math.sqrt)
+mae = Metric("mae", _absolute, "min")

@@ -1,0 +1,50 @@
+"""A task by name: the tables `[data]` and `[model]` of a TOML file.
+
+Symbols: seed of the run, which draws the split of the data and the start weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taciturn.tasks.data.clients import Federation
+from taciturn.tasks.metrics import accuracy, mae, rmse
+from taciturn.tasks.task import BuiltTask, Task
+
+
+class DataSource(Protocol):
+    """A part of `[data]`."""
+
+    def load(self, seed: int) -> Federation: ...
+
+
+class ModelSource(Protocol):
+    """A part of `[model]`."""
+
+    def build(self, sample: Tensor, outputs: int) -> nn.Module: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """Data and model by name; loss and metrics follow from the data: cross-entropy and accuracy, or squared error."""
+
+    data: DataSource
+    model: ModelSource
+
+    def build(self, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> BuiltTask:
+        """Load the data, make the model, check both."""
+        data = self.data.load(seed)
+        zero = torch.zeros(1, dtype=torch.int64)
+        sample = data.train.fetch(zero, zero.unsqueeze(0))["input"][0, 0]
+        classify = data.kind == "classification"
+        return Task(
+            lambda: self.model.build(sample.cpu(), data.outputs),
+            data,
+            F.cross_entropy if classify else F.mse_loss,
+            (accuracy,) if classify else (rmse, mae),
+        ).build(seed, device, dtype)

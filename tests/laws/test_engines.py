@@ -1,0 +1,133 @@
+"""The law of the engines: one text, three places; same bits, same bytes, same draws.
+
+sequential = loopback in every bit of model and client state and in every byte; stacked = sequential within 1e-5
+(norm-relative) after five rounds, and in every byte, for every solver, partition, codec and broadcast, on clients of
+unlike sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import Net, make_task
+from drive import drive
+from torch import nn
+
+from taciturn import aggregation, codecs, participation, partition, server, solvers, sync
+from taciturn.core.broadcast import Broadcast
+from taciturn.core.state import equal
+from taciturn.method import Method
+from taciturn.solvers import schedules
+
+SOLVERS = {
+    "sgd": solvers.sgd(lr=0.1),
+    "momentum": solvers.sgd(lr=0.05, momentum=0.9, weight_decay=0.01, clip=1.0, schedule=schedules.cosine(rounds=9)),
+    "nesterov": solvers.sgd(lr=0.05, momentum=0.5, nesterov=True),
+    "adamw": solvers.adamw(lr=0.01, weight_decay=0.1, schedule=schedules.constant(warmup=3)),
+    "prox": solvers.prox(mu=0.5, solver=solvers.sgd(lr=0.1)),
+    "prox-adamw": solvers.prox(mu=0.5, solver=solvers.adamw(lr=0.01)),
+}
+PARTITIONS = {
+    "full": partition.full(),
+    "head": partition.layers(personal="head"),
+    "norms": partition.layers(personal=("norms",)),
+    "shared-stem": partition.layers(shared=("stem*",)),
+}
+OTHERS = {
+    "cast": {"codec": codecs.cast(), "broadcast": Broadcast(codecs.cast())},
+    "bfloat16-change": {"codec": codecs.cast("bfloat16"), "broadcast": Broadcast(codecs.cast("bfloat16"), "change")},
+    "longest": {"sync": sync.every(epochs=1, pace="longest")},
+    "steps": {"sync": sync.every(steps=3)},
+    "mean": {"aggregator": aggregation.mean()},
+    "cyclic": {"participation": participation.cyclic(count=3)},
+    "available": {"participation": participation.available(count=4, probability=0.5, swing=1.0, period=3)},
+    "all": {"participation": participation.all()},
+} | {
+    name: {"server": getattr(server, name)(lr=0.1)} for name in ("adagrad", "adam", "adamw", "momentum", "sgd", "yogi")
+}
+ROWS = {
+    f"{s}/{p}": {"solver": SOLVERS[s], "partition": PARTITIONS[p]} for s, p in itertools.product(SOLVERS, PARTITIONS)
+}
+METHODS = ROWS | OTHERS
+BASE = Method(participation=participation.uniform(count=4), sync=sync.every(epochs=2), batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def shared_task():
+    return make_task(lambda: Net(dropout=0.2))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_engines_agree(name, shared_task):
+    method = BASE.replace(**METHODS[name])
+    x, engine, stats, traffic = drive(shared_task, method, "sequential")
+    x_wire, wire, _, wire_traffic = drive(shared_task, method, "loopback")
+    assert torch.equal(x.x, x_wire.x), "loopback changed the model"
+    assert equal(engine.store.export(), wire.store.export()), "loopback changed client state"
+    assert traffic == wire_traffic and engine.ledger.totals == wire.ledger.totals
+    x_stacked, stacked, stacked_stats, stacked_traffic = drive(shared_task, method, "stacked", block=3)
+    assert float((x.x - x_stacked.x).norm() / x.x.norm()) <= 1e-5
+    assert traffic == stacked_traffic
+    for one, many in zip(stats, stacked_stats, strict=True):
+        assert torch.equal(one.ids, many.ids) and torch.equal(one.steps, many.steps)
+    assert not torch.equal(x.x, method.partition.split(shared_task.model, shared_task.tracked).x0), "nothing was learnt"
+
+
+def test_block_size_changes_no_draw_and_no_byte(shared_task):
+    method = BASE.replace(participation=participation.all())
+    runs = [drive(shared_task, method, "stacked", block=block, rounds=2) for block in (1, 2, 5, 8)]
+    for state, _, _, traffic in runs[1:]:
+        assert float((state.x - runs[0][0].x).norm() / state.x.norm()) <= 1e-6
+        assert traffic == runs[0][3]
+
+
+def test_personal_and_only_personal_parameters_stay(shared_task):
+    method = BASE.replace(partition=PARTITIONS["head"], participation=participation.cyclic(count=4))
+    _, engine, _, _ = drive(shared_task, method, rounds=2)
+    v = torch.stack([own["v"] for own in engine.store._rows.values()])
+    assert len(v) == 8 and v.shape[1] == 8 * 3 + 3
+    assert len(torch.unique(v, dim=0)) == 8, "personal heads must differ"
+
+
+def test_personal_parameters_are_in_no_message(shared_task):
+    """Bytes of the heads, of duals or of data appear in nothing that crosses the line."""
+    seen: list[bytes] = []
+    method = BASE.replace(partition=PARTITIONS["head"])
+    split = method.partition.split(shared_task.model, shared_task.tracked)
+    from taciturn.client import Work
+    from taciturn.core import random
+    from taciturn.engines import build
+    from taciturn.round import fed_round, start
+
+    engine, _ = build("loopback", Work(shared_task, split, method.solver, method.codec), method, random.key(0))
+    engine._carry.tap = seen.append
+    ids = torch.arange(8)
+    fed_round(start(split.x0, method), ids, shared_task.train.sizes, method, engine, split.layout, random.key(1))
+    wire = b"".join(seen)
+    assert split.x0.numpy().tobytes()[:64] in wire, "the tap sees the shared model"
+    for own in engine.store._rows.values():
+        assert own["v"].numpy().tobytes()[:16] not in wire
+    for sample in shared_task.data.train.fields["input"]:
+        assert sample.numpy().tobytes()[:16] not in wire
+
+
+def test_batchnorm_with_personal_norms_runs_and_one_by_one():
+    task = make_task(lambda: Net(norm=nn.BatchNorm1d(8)), sizes=(16, 8, 24, 32))
+    method = BASE.replace(partition=PARTITIONS["norms"], participation=participation.all())
+    state, engine, _, _ = drive(task, method, "auto", rounds=2)
+    other, loop, _, _ = drive(task, method, "loopback", rounds=2)
+    assert torch.equal(state.x, other.x) and equal(engine.store.export(), loop.store.export())
+    means = torch.stack([own["b"] for own in engine.store._rows.values()])
+    assert len(torch.unique(means, dim=0)) == 4 and not torch.equal(means[0], torch.zeros_like(means[0]))
+
+
+def test_bytes_are_the_formula(shared_task):
+    """FedAvg in float32: 4 d up and down per client and round; 8 bytes of statistics; frames of 28 bytes."""
+    state, engine, _, _ = drive(shared_task, BASE, rounds=3)
+    d, messages = len(state.x), 3 * 4
+    totals = engine.ledger.totals
+    assert totals["up/update"] == {"payload": 4 * d * messages, "frame": 28 * messages, "messages": messages}
+    assert totals["down/model"] == totals["up/update"]
+    assert totals["up/stats"] == {"payload": 8 * messages, "frame": 0, "messages": 0}
