@@ -46,7 +46,8 @@ def main() -> None:
     for row in summary([read_run(folder) for folder in folders]):
         rounds, saved = row["rounds_to_target"], row["traffic_saved"]
         table.add_row(
-            row["name"], f"{row['final']:.3f}", f"{row['worst_decile']:.3f}", human(row["bytes_up"]), human(row["bytes_down"]),
+            row["name"], f"{row['final']:.3f}", f"{row['worst_decile']:.3f}", 
+            human(row["bytes_up"]), human(row["bytes_down"]),
             "not reached" if rounds is None else f"{rounds:.0f}", "-" if saved is None else f"{saved:.0%}",
         )  # fmt: skip
     Console(width=120).print(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ def make_federation(sizes: tuple[int, ...] = SIZES, features: int = 6, classes: 
     y = (x @ random.normal(random.fold(key, "w"), features, classes)).argmax(1)
     fields = {"input": x, "target": y}
     edges = np.cumsum((0, *sizes))
-    owners = {f"site-{i}": np.arange(a, b) for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))}
+    owners = {f"site-{i}": np.arange(a, b) for i, (a, b) in enumerate(itertools.pairwise(edges))}
     held_out = {name: rows[: max(1, len(rows) // 3)] for name, rows in owners.items()}
     central = TableClients.of(fields, {"server": np.arange(sum(sizes), total)})
     test = TableClients.of(fields, held_out)

@@ -68,7 +68,7 @@ def list_parts() -> None:
     for name, function in RECIPES.items():
         table.add_row(name, (function.__doc__ or "").split("\n")[0])
     out.print(table)
-    parts = Table("field", "parts (TOML: [method.FIELD] name = ..)", box=None, header_style="bold")
+    parts = Table("field", r"parts (TOML: \[method.FIELD] name = ..)", box=None, header_style="bold")
     for kind, names in config.PARTS.items():
         parts.add_row(kind, ", ".join(names))
     out.print()

@@ -61,9 +61,7 @@ def fed_round(
     """Server state and a cohort -> the next server state. Errors: `AllClientsFailed`; the state is as before."""
     plan, stride = plan_round(server.round, ids, sizes, method)  # 1 work and weight of each client
     down_key = fold(key, "broadcast")
-    cast = method.broadcast.publish(
-        server.x, server.round, server.cast, layout, down_key
-    )  # 2 encode the model once ...
+    cast = method.broadcast.publish(server.x, server.round, server.cast, layout, down_key)  # 2 encode the model once ...
     engine.begin(cast, plan, server.sync)  #   ... and send each client what it lacks
     done, stop = 0, False
     while not stop:  # 3 local training on every client

@@ -11,10 +11,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import Net, make_task
-from drive import drive
 from torch import nn
 
+from conftest import Net, make_task
+from drive import drive
 from taciturn import aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.state import equal
@@ -44,12 +44,8 @@ OTHERS = {
     "cyclic": {"participation": participation.cyclic(count=3)},
     "available": {"participation": participation.available(count=4, probability=0.5, swing=1.0, period=3)},
     "all": {"participation": participation.all()},
-} | {
-    name: {"server": getattr(server, name)(lr=0.1)} for name in ("adagrad", "adam", "adamw", "momentum", "sgd", "yogi")
-}
-ROWS = {
-    f"{s}/{p}": {"solver": SOLVERS[s], "partition": PARTITIONS[p]} for s, p in itertools.product(SOLVERS, PARTITIONS)
-}
+} | {name: {"server": getattr(server, name)(lr=0.1)} for name in ("adagrad", "adam", "adamw", "momentum", "sgd", "yogi")}
+ROWS = {f"{s}/{p}": {"solver": SOLVERS[s], "partition": PARTITIONS[p]} for s, p in itertools.product(SOLVERS, PARTITIONS)}
 METHODS = ROWS | OTHERS
 BASE = Method(participation=participation.uniform(count=4), sync=sync.every(epochs=2), batch_size=8)
 
@@ -66,8 +62,8 @@ def test_three_engines_agree(name, shared_task):
     x_wire, wire, _, wire_traffic = drive(shared_task, method, "loopback")
     assert torch.equal(x.x, x_wire.x), "loopback changed the model"
     assert equal(engine.store.export(), wire.store.export()), "loopback changed client state"
-    assert traffic == wire_traffic and engine.ledger.totals == wire.ledger.totals
-    x_stacked, stacked, stacked_stats, stacked_traffic = drive(shared_task, method, "stacked", block=3)
+    assert traffic == wire_traffic and engine.post.ledger.totals == wire.post.ledger.totals
+    x_stacked, _, stacked_stats, stacked_traffic = drive(shared_task, method, "stacked", block=3)
     assert float((x.x - x_stacked.x).norm() / x.x.norm()) <= 1e-5
     assert traffic == stacked_traffic
     for one, many in zip(stats, stacked_stats, strict=True):
@@ -102,7 +98,7 @@ def test_personal_parameters_are_in_no_message(shared_task):
     from taciturn.round import fed_round, start
 
     engine, _ = build("loopback", Work(shared_task, split, method.solver, method.codec), method, random.key(0))
-    engine._carry.tap = seen.append
+    engine.post.carrier.tap = seen.append
     ids = torch.arange(8)
     fed_round(start(split.x0, method), ids, shared_task.train.sizes, method, engine, split.layout, random.key(1))
     wire = b"".join(seen)
@@ -127,7 +123,7 @@ def test_bytes_are_the_formula(shared_task):
     """FedAvg in float32: 4 d up and down per client and round; 8 bytes of statistics; frames of 28 bytes."""
     state, engine, _, _ = drive(shared_task, BASE, rounds=3)
     d, messages = len(state.x), 3 * 4
-    totals = engine.ledger.totals
+    totals = engine.post.ledger.totals
     assert totals["up/update"] == {"payload": 4 * d * messages, "frame": 28 * messages, "messages": messages}
     assert totals["down/model"] == totals["up/update"]
     assert totals["up/stats"] == {"payload": 8 * messages, "frame": 0, "messages": 0}

@@ -58,7 +58,7 @@ class Broadcast:
         if since == cast.version:
             return []
         missing = [payload for version, payload in cast.log if version > since]
-        if self.of == "model" or (0 <= since and len(missing) == cast.version - since):
+        if self.of == "model" or (since >= 0 and len(missing) == cast.version - since):
             return missing
         return [{SNAPSHOT: cast.held["x"]}]
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random as stdlib_random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -55,10 +58,7 @@ def fold(key: Key, *parts: int | str | Tensor) -> Key:
     for part in parts:
         if isinstance(part, str):
             part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "big", signed=True)
-        if isinstance(part, int):
-            part = _signed(part * _GOLDEN)
-        else:
-            part = part * _GOLDEN
+        part = _signed(part * _GOLDEN) if isinstance(part, int) else part * _GOLDEN
         key = _mix((key ^ part) + _GOLDEN)
     return key
 
@@ -72,7 +72,7 @@ def bits(key: Key, n: int) -> Tensor:
 def uniform(key: Key, *shape: int) -> Tensor:
     """Uniform draws in [0, 1) with 24 bits: [] -> [*shape] float32."""
     words = bits(key, math.prod(shape))
-    return (_shift(words, 40).to(torch.float32) * 2.0**-24).reshape(*key.shape, *shape)
+    return (_shift(words, 40).to(torch.float32) * 2.0**-24).reshape((*key.shape, *shape))
 
 
 def normal(key: Key, *shape: int) -> Tensor:
@@ -80,7 +80,7 @@ def normal(key: Key, *shape: int) -> Tensor:
     n = math.prod(shape)
     u = uniform(key, 2 * n)
     radius = torch.sqrt(-2.0 * torch.log1p(-u[..., :n]))
-    return (radius * torch.cos(2.0 * math.pi * u[..., n:])).reshape(*key.shape, *shape)
+    return (radius * torch.cos(2.0 * math.pi * u[..., n:])).reshape((*key.shape, *shape))
 
 
 def permutation(key: Key, n: int, size: Tensor | None = None) -> Tensor:
@@ -93,6 +93,22 @@ def permutation(key: Key, n: int, size: Tensor | None = None) -> Tensor:
         beyond = torch.arange(n, device=key.device) >= size.unsqueeze(-1)
         words = words.masked_fill(beyond, (1 << 63) - 1)
     return torch.argsort(words, dim=-1, stable=True)
+
+
+@contextmanager
+def seeded(key: Key) -> Iterator[None]:
+    """Inside, torch's and Python's global generators are seeded from the key []; afterwards they are as before.
+
+    For code that cannot draw from keys: models with randomness of their own, data sets that augment.
+    """
+    seed, python = int(key) & ((1 << 63) - 1), stdlib_random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        stdlib_random.seed(seed)
+        try:
+            yield
+        finally:
+            stdlib_random.setstate(python)
 
 
 def choice(key: Key, n: int, count: int) -> Tensor:

@@ -85,9 +85,7 @@ def clone(state: State) -> State:
 def equal(a: Any, b: Any) -> bool:
     """True if both records have the same names, shapes, dtypes and bits."""
     if isinstance(a, dict) or isinstance(b, dict):
-        return (
-            isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-        )
+        return isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     raw = (torch.as_tensor(t).contiguous().reshape(-1).view(torch.uint8) for t in (a, b))

@@ -86,7 +86,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Observations:
-    """What came back during a round: payload [M, ..] by name, which clients were heard, which are still training."""
+    """What came back during a round: payload [M, ..] by name, which clients were heard, which are still training.
+
+    Rows of clients that were not heard mean nothing.
+    """
 
     payload: Payload
     heard: Tensor  # [M] bool
@@ -251,8 +254,11 @@ class Clients(Protocol):
         """[N] int64 samples."""
         ...
 
-    def fetch(self, ids: Tensor, index: Tensor) -> Batch:
-        """Samples `index` [m, b] of clients `ids` [m] -> named tensors [m, b, ..]."""
+    def fetch(self, ids: Tensor, index: Tensor, keys: Key | None = None) -> Batch:
+        """Samples `index` [m, b] of clients `ids` [m] -> named tensors [m, b, ..].
+
+        keys [m]: of this client and step, for data sets that draw at random while they are read (augmentation).
+        """
         ...
 
 

@@ -1,7 +1,7 @@
-"""One engine for all clients in this process; three ways to run it (modes.py) differ in two functions.
+"""One engine for all clients in this process; three ways to run it (modes.py) differ in two parts.
 
-`lift` gives a client function its client axis [m]: by squeezing it away (m = 1) or by `torch.vmap`. `carry` moves a
-payload: as it is, with its bytes computed, or packed to bytes and unpacked again. Everything else is this text.
+`lift` gives a client function its client axis [m]: by squeezing it away (m = 1) or by `torch.vmap`. The post's carrier
+moves a payload as it is, with its bytes computed, or packed to bytes and unpacked again. Everything else is this text.
 
 Symbols: M clients of the cohort in plan order; m clients of a block; own, local: the records of client.py, stacked.
 """
@@ -9,8 +9,8 @@ Symbols: M clients of the cohort in plan order; m clients of a block; own, local
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from taciturn import client
 from taciturn.client import Work
 from taciturn.core import random
 from taciturn.core.random import Key
-from taciturn.core.state import State, row, tree_map
+from taciturn.core.state import State, tree_map
 from taciturn.core.types import (
     BAD_LOSS,
     BAD_UPDATE,
@@ -31,149 +31,114 @@ from taciturn.core.types import (
     Observations,
     Payload,
     Plan,
-    SyncRule,
+    Record,
 )
+from taciturn.engines.post import Post
 from taciturn.engines.store import ClientStore
 from taciturn.method import Method
-from taciturn.wire.format import FRAME, Schema, nbytes
-from taciturn.wire.ledger import Ledger
 
 Lift = Callable[[Callable[..., Any]], Callable[..., Any]]
+Lose = Callable[[int, int], bool]  # round, client -> its upload is lost
 CHUNK = 256  # samples of a client that are evaluated at once
-
-
-class Carrier(Protocol):
-    """How messages cross the line between server and clients."""
-
-    def introduce(self, schema: Schema) -> int:
-        """Make a schema known to the receiver -> bytes of its text."""
-        ...
-
-    def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
-        """payload [m, ..] -> what arrives [m, ..], and the bytes of each packed payload [m]."""
-        ...
 
 
 @dataclass
 class _Group:
-    """The clients of a block during a round. `where`: their places in the plan."""
+    """The clients of a block during a round. where: their places in the plan; live: still training."""
 
     where: Tensor
     ids: Tensor
-    limit: Tensor
     start: Tensor
     held: State
+    live: Tensor
     local: State | None = None
-    live: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
 
 class LocalEngine:
-    """Runs cohorts block after block; keeps client state, acknowledged versions and the ledger."""
+    """Runs cohorts block after block, and keeps what clients own between rounds."""
 
     def __init__(
-        self,
-        work: Work,
-        method: Method,
-        key: Key,
-        *,
-        lift: Lift,
-        carry: Carrier,
-        block: int,
-        copies: bool,
-        lose: Callable[[int, int], bool] | None = None,
+        self, work: Work, method: Method, key: Key, post: Post, *, lift: Lift, block: int, lose: Lose | None = None
     ) -> None:
-        self.work, self.method, self.block = work, method, block
-        self.ledger = Ledger()
+        self.work, self.method, self.post, self.block = work, method, post, block
         self.store = ClientStore(work.newcomer())
         self._receivers = ClientStore(work.codec.init(work.split.layout)[1])
-        self._acks: dict[int, int] = {}
-        self._key, self._lift, self._carry, self._lose = random.fold(key, "client"), lift, carry, lose
-        self._widest = int(work.task.train.sizes.max())
-        self._batch = min(method.batch_size, self._widest)
-        self._known: dict[str, set[int]] = {}
-        self._copies: dict[int, State] | None = {} if copies else None
+        self._key, self._lift, self._lose = random.fold(key, "client"), lift, lose or (lambda round, client: False)
+        self._batch = min(method.batch_size, int(work.task.train.sizes.max()))
+        self._groups: list[_Group] = []
+        self._pending: list[tuple[Tensor, State, State]] = []
 
-    # ---------------------------------------------------------------------------------------------- the round
+    # ------------------------------------------------------------------------------------------------------ the round
 
     def begin(self, cast: Cast, plan: Plan, sync: State) -> None:
         """Send each client the frames it lacks; cut the cohort into blocks."""
         self._cast, self._plan, self._sync = cast, plan, sync
-        self._owed = 0  # steps that a silent rule has asked for and that run when the block is collected
-        self._pending: list[tuple[Tensor, State, State]] = []
-        self._groups = []
-        self._plan_round, self._arrived = plan.round, {}
-        self._enrol(plan.ids)
-        for where in torch.arange(len(plan.ids)).split(self.block):
+        self._owed = 0  # steps that a silent rule has asked for; they run when the block is collected
+        self._groups, self._pending, self.post.round = [], [], plan.round
+        self.post.enrol(plan.ids, self.work.task.train.sizes[plan.ids])
+        for where in torch.split(torch.arange(len(plan.ids)), self.block):
             ids = plan.ids[where]
-            held = self._send_model("model", ids, cast)
-            start = held["x"].expand(len(ids), -1)
-            self._groups.append(
-                _Group(where, ids, plan.limit[where], start, held, None, torch.ones(len(ids), dtype=torch.bool))
-            )
-        if not self.method.sync.silent and sync:
-            self._message("down", "monitor", plan.ids, {n: t.expand(len(plan.ids), *t.shape) for n, t in sync.items()})
-        self.ledger.exchange()
-
-    def _enrol(self, ids: Tensor) -> None:
-        """A client's first message tells how many samples it has."""
-        fresh = ids[torch.tensor([i not in self._known.get("enrolled", ()) for i in ids.tolist()], dtype=torch.bool)]
-        if len(fresh):
-            self._message("up", "setup", fresh, {"samples": self.work.task.train.sizes[fresh]})
-            self._known.setdefault("enrolled", set()).update(fresh.tolist())
+            held = self.post.model("model", ids, cast)
+            live = torch.ones(len(ids), dtype=torch.bool)
+            self._groups.append(_Group(where, ids, held["x"].expand(len(ids), -1), held, live))
+        if sync and not self.method.sync.silent:
+            rows = {name: value.expand(len(plan.ids), *value.shape) for name, value in sync.items()}
+            self.post.message("down", "monitor", plan.ids, rows)
+        self.post.ledger.exchange()
 
     def advance(self, steps: int) -> Observations:
         """Local steps; with a silent rule they are only noted, and run block by block in `collect`."""
-        rule: SyncRule = self.method.sync
-        everyone = torch.ones(len(self._plan.ids), dtype=torch.bool)
-        if rule.silent:
+        if self.method.sync.silent:
             self._owed += steps
+            everyone = torch.ones(len(self._plan.ids), dtype=torch.bool)
             return Observations({}, everyone, everyone)
-        seen, live = [], []
-        for group in self._groups:
-            self._train(group, steps)
-            local = group.local
-            payload, go = self._lift(lambda local: rule.observe(client.drift(self.work, local), self._sync))(local)
-            seen.append(self._message("up", "monitor", group.ids, payload))
-            group.live &= go.cpu() & (local["done"].cpu() < group.limit)  # type: ignore[index]
-            live.append(group.live)
-        self.ledger.exchange()
-        names = seen[0].keys()
-        return Observations({n: torch.cat([p[n] for p in seen]) for n in names}, everyone, torch.cat(live))
+        heard = torch.cat([group.live for group in self._groups])
+        seen = [self._observe(group, steps) for group in self._groups]
+        self.post.ledger.exchange()
+        live = torch.cat([group.live for group in self._groups])
+        return Observations({name: torch.cat([payload[name] for payload in seen]) for name in seen[0]}, heard, live)
+
+    def _observe(self, group: _Group, steps: int) -> Payload:
+        """Train, then a few bytes from each client that was still training; rows of the others are not to be read."""
+        local = self._train(group, steps)
+        rule, work = self.method.sync, self.work
+        payload: Payload
+        payload, go = self._lift(lambda local: rule.observe(client.drift(work, local), self._sync))(local)
+        rows = group.live.nonzero().squeeze(1)
+        if len(rows):
+            received = self.post.message("up", "monitor", group.ids[rows], _rows(payload, rows))
+            payload = {name: value.index_copy(0, rows.to(value.device), received[name]) for name, value in payload.items()}
+        group.live = group.live & go.cpu() & (local["done"].cpu() < self._plan.limit[group.where])
+        return payload
 
     def collect(self) -> Iterator[Block]:
         """Upload, decode, check: one block after the other, so that a cohort need not fit in memory."""
         for group in self._groups:
-            if self._owed:
-                self._train(group, self._owed)
+            local = self._train(group, self._owed)
             own = self.store.read(group.ids)
-            keys = random.fold(self._key, group.ids.to(self._key.device), "encode", self._plan.round)
-            payload, stats, kept = self._lift(lambda *a: client.collect(self.work, *a))(group.local, own, keys)
+            keys = random.fold(self._key, group.ids, "encode", self._plan.round).to(group.start.device)
+            payload, stats, kept = self._lift(lambda *a: client.collect(self.work, *a))(local, own, keys)
             group.local = None
-            received = self._message(
-                "up", "update", group.ids, payload, riders={f"stats.{n}": s for n, s in stats.items()}
-            )
-            yield self._receive(
-                group, {n: received[n] for n in payload}, {n: received[f"stats.{n}"].cpu() for n in stats}, kept
-            )
+            riders = {f"stats.{name}": value for name, value in stats.items()}
+            received = self.post.message("up", "update", group.ids, payload, riders)
+            stats = {name: received[f"stats.{name}"].cpu() for name in stats}
+            yield self._receive(group, {name: received[name] for name in payload}, stats, kept)
 
-    def _receive(self, group: _Group, payload: Payload, stats: Payload, kept: State) -> Block:
+    def _receive(self, group: _Group, payload: Payload, stats: Record, kept: State) -> Block:
         """The server's half: decode, and set aside what is not finite (0 x NaN is NaN, so rows are zeroed)."""
-        rx = self._receivers.read(group.ids)
         layout = self.work.split.layout
+        rx = self._receivers.read(group.ids)
         updates, rx = self._lift(lambda p, r: self.work.codec.decode(p, r, layout=layout))(payload, rx)
         status = torch.full((len(group.ids),), OK)
         status[~torch.isfinite(updates).all(1).cpu()] = BAD_UPDATE
-        status[~torch.isfinite(stats["loss"]).cpu()] = BAD_LOSS
+        status[~torch.isfinite(stats["loss"])] = BAD_LOSS
         for place, i in enumerate(group.ids.tolist()):
-            if self._lose is not None and self._lose(self._plan.round, i):
+            if self._lose(self._plan.round, i):
                 status[place] = LOST
             else:
-                self._acks[i] = self._cast.version
-                if i in self._arrived and self._copies is not None:
-                    self._copies[i] = self._arrived[i]
+                self.post.acknowledge(i, self._cast)
         good = (status == OK).to(updates.device)
-        if not good.all():
-            updates = torch.where(good.unsqueeze(1), updates, 0.0)
+        updates = torch.where(good.unsqueeze(1), updates, 0.0)
         weights = torch.where(good, self._plan.weights[group.where].to(updates.device), 0.0)
         self._pending.append((group.ids, kept, rx))
         return Block(group.ids, group.start, updates, weights, layout, stats, status)
@@ -187,30 +152,32 @@ class LocalEngine:
                 self._receivers.write(ids[places], _rows(rx, places))
         self._pending, self._groups = [], []
 
-    def _train(self, group: _Group, steps: int) -> None:
+    def _train(self, group: _Group, steps: int) -> State:
         """Up to `steps` local steps of every live client of the block; those that are done stay as they are."""
-        work, plan = self.work, self._plan
+        work, data, device = self.work, self.work.task.train, group.start.device
         own = self.store.read(group.ids)
-        if group.local is None:
-            group.local = self._lift(lambda x, o: client.begin(work, x, o))(group.start, own)
-        done = group.local["done"].cpu()
-        todo = torch.where(group.live, (group.limit - done).clamp(0, steps), 0)
-        keys = random.fold(self._key, group.ids.to(self._key.device))
-        sizes = work.task.train.sizes[group.ids]
-        first = own["steps"].cpu() + done
+        local = group.local
+        if local is None:
+            local = self._lift(lambda x, o: client.begin(work, x, o))(group.start, own)
+        done = local["done"].cpu()
+        todo = torch.where(group.live, (self._plan.limit[group.where] - done).clamp(0, steps), 0)
         n = int(todo.max())
-        index, mask = client.batches(keys.cpu(), sizes, first, n, self._batch, int(sizes.max()))
-        lr_scale = torch.tensor(plan.lr_scale, dtype=group.start.dtype, device=group.start.device)
-        step = self._lift(lambda *a: client.step(work, group.held, *a, lr_scale))
-        step_if = self._lift(lambda a, *rest: client.step_if(a, work, group.held, *rest, lr_scale))
-        for t in range(n):
-            batch = work.task.train.fetch(group.ids, index[:, t])
-            batch["mask"] = mask[:, t].to(self._key.device)
-            arguments = (group.local, batch, random.fold(keys, (first + t).to(keys.device)))
-            active = (t < todo).to(keys.device)
-            group.local = step(*arguments) if bool(active.all()) else step_if(active, *arguments)
+        if n:
+            keys, sizes, first = random.fold(self._key, group.ids), data.sizes[group.ids], own["steps"].cpu() + done
+            index, mask = client.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
+            lr_scale = torch.tensor(self._plan.lr_scale, dtype=group.start.dtype, device=device)
+            step = self._lift(lambda r, s, k: client.step(work, group.held, r, s, k, lr_scale))
+            step_if = self._lift(lambda a, r, s, k: client.step_if(a, work, group.held, r, s, k, lr_scale))
+            for t in range(n):
+                step_keys = random.fold(keys, first + t)
+                batch = data.fetch(group.ids, index[:, t], step_keys) | {"mask": mask[:, t].to(device)}
+                active = t < todo
+                arguments = (local, batch, step_keys.to(device))
+                local = step(*arguments) if bool(active.all()) else step_if(active.to(device), *arguments)
+        group.local = local
+        return local
 
-    # ---------------------------------------------------------------------------------------------- evaluation
+    # ------------------------------------------------------------------------------------------------------ evaluation
 
     def evaluate(self, ids: Tensor, cast: Cast, split: str) -> dict[str, Tensor]:
         """Sums [n] per client on its own data of a split, with the published model and the client's own parts.
@@ -220,11 +187,11 @@ class LocalEngine:
         """
         data = self.work.task.held_out(split)
         found = []
-        for part in ids.split(self.block):
-            held = self._send_model("evaluate", part, cast)
+        for part in torch.split(ids, self.block):
+            held = self.post.model("evaluate", part, cast)
             sums = self._measure(part, held, self.store.read(part), data)
-            found.append(self._message("up", "evaluate", part, sums))
-        self.ledger.exchange()
+            found.append(self.post.message("up", "evaluate", part, sums))
+        self.post.ledger.exchange()
         return {name: torch.cat([sums[name] for sums in found]).cpu() for name in found[0]}
 
     def _measure(self, ids: Tensor, held: State, own: State, data: Clients) -> dict[str, Tensor]:
@@ -234,76 +201,27 @@ class LocalEngine:
             views = split.layout.views(x), split.personal.views(v), split.buffers.views(b)
             return task.measure(self.work.params(held, *views), batch)
 
-        sizes, total = data.sizes[ids], {}
-        width = min(CHUNK, int(sizes.max()))
+        sizes, longest = data.sizes[ids], int(data.sizes[ids].max())
+        total: dict[str, Tensor] = {}
         x = held["x"].expand(len(ids), -1)
-        for first in range(0, int(sizes.max()), width):
-            place = torch.arange(first, first + width).expand(len(ids), width)
-            batch = data.fetch(ids, torch.minimum(place, sizes.unsqueeze(1) - 1))
-            batch["mask"] = (place < sizes.unsqueeze(1)).to(x.device)
-            for name, value in self._lift(measure)(x, own["v"], own["b"], batch).items():
-                total[name] = total.get(name, 0.0) + value.to(torch.float64)
-        return {name: value.to(torch.float32) for name, value in total.items()}
+        for place in torch.split(torch.arange(longest), CHUNK):
+            index = torch.minimum(place.expand(len(ids), -1), sizes.unsqueeze(1) - 1)
+            batch = data.fetch(ids, index) | {"mask": (place < sizes.unsqueeze(1)).to(x.device)}
+            sums = self._lift(measure)(x, own["v"], own["b"], batch)
+            total = {name: value.double() + total.get(name, 0.0) for name, value in sums.items()}
+        return {name: value.float() for name, value in total.items()}
 
-    # ------------------------------------------------------------------------------------------------ messages
-
-    def _send_model(self, kind: str, ids: Tensor, cast: Cast) -> State:
-        """Each client gets the frames it lacks; -> what a client of this block now holds."""
-        broadcast, layout = self.method.broadcast, self.work.split.layout
-        by_version: dict[int, list[int]] = {}
-        for i in ids.tolist():
-            by_version.setdefault(self._acks.get(i, -1), []).append(i)
-        held = cast.held
-        for since, clients in by_version.items():
-            group = torch.tensor(clients)
-            copy = self._copies.get(clients[0], {}) if self._copies is not None else {}
-            for frame in broadcast.frames(cast, since) or [{}]:
-                rows = {name: tensor.expand(len(group), *tensor.shape) for name, tensor in frame.items()}
-                received = self._message("down", kind, group, rows)
-                if self._copies is not None:
-                    copy = broadcast.apply(copy, row(received, 0), layout) if frame else copy
-            if self._copies is not None:
-                held = copy
-                if broadcast.of == "change" and kind == "model":
-                    self._arrived[clients[0]] = copy
-        return held
-
-    def _message(
-        self, direction: str, kind: str, ids: Tensor, payload: Payload, riders: Payload | None = None
-    ) -> Payload:
-        """One message of each client: carried, counted; a schema that a client has not seen goes first, as "setup"."""
-        riders = riders or {}
-        whole = payload | riders
-        schema = Schema.of(row(whole, 0))
-        seen = self._known.setdefault(f"{direction}-{schema.id}", set())
-        fresh = [i for i in ids.tolist() if i not in seen]
-        if fresh:
-            seen.update(fresh)
-            self.ledger.count(direction, "setup", torch.tensor(fresh), self._carry.introduce(schema), FRAME)
-        received, sizes = self._carry.move(kind, whole, self._plan_round, ids)
-        extra = int(nbytes(row(riders, 0)))
-        self.ledger.count(direction, kind, ids, sizes - extra, FRAME)
-        if riders:
-            self.ledger.count(direction, "stats", ids, extra, 0, messages=0)
-        return received
-
-    # ---------------------------------------------------------------------------------------------- checkpoint
+    # ------------------------------------------------------------------------------------------------------ checkpoint
 
     def export(self) -> State:
-        """Client state, acknowledged versions, known schemas and (loopback) the copies clients hold."""
-        acks = torch.tensor(sorted(self._acks.items()), dtype=torch.int64).reshape(-1, 2)
-        state: State = {"clients": self.store.export(), "receivers": self._receivers.export(), "acks": acks}
-        state["known"] = {name: torch.tensor(sorted(ids), dtype=torch.int64) for name, ids in self._known.items()}
-        return state | {"copies": {str(i): held for i, held in (self._copies or {}).items()}}
+        """What clients own, what the server keeps of them, and the state of the post."""
+        return {"clients": self.store.export(), "receivers": self._receivers.export(), "post": self.post.export()}
 
     def restore(self, state: State) -> None:
         """The inverse of `export`."""
         self.store.restore(state.get("clients", {}))
         self._receivers.restore(state.get("receivers", {}))
-        self._acks = {int(i): int(version) for i, version in state["acks"].tolist()}
-        self._known = {name: set(ids.tolist()) for name, ids in state.get("known", {}).items()}
-        if self._copies is not None:
-            self._copies = {int(i): held for i, held in state.get("copies", {}).items()}
+        self.post.restore(state["post"])
 
 
 def _rows(state: State, places: Tensor) -> State:

@@ -23,10 +23,12 @@ from taciturn.core.random import Key
 from taciturn.core.state import row, stack, tree_map
 from taciturn.core.types import Payload
 from taciturn.engines.local import LocalEngine
+from taciturn.engines.post import Post
 from taciturn.method import Method
 from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
 
 ENGINES = ("auto", "loopback", "sequential", "stacked")
+VMAP, SINGLE = "vmap", "one client at a time"
 BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block: small blocks keep the weights in cache
 
 
@@ -106,21 +108,21 @@ class Path:
     why: str
 
 
-def choose(name: str, work: Work, method: Method, block: int | None) -> Path:
+def choose(name: str, work: Work, block: int | None) -> Path:
     """The way to run: by the engine's name, the model's structure and its size. Errors: `UnknownName`."""
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES, "engine")
     require(block is None or block >= 1, f"block: at least 1 client; got {block}")
     if name in ("sequential", "loopback"):
-        return Path(name, "one client at a time", 1, "asked for")
-    reason = work.task.sequential_only or _probe(work, method)
+        return Path(name, SINGLE, 1, "asked for")
+    reason = work.task.sequential_only or _probe(work)
     if reason:
-        return Path("sequential", "one client at a time", 1, reason)
+        return Path("sequential", SINGLE, 1, reason)
     size = block or max(1, min(64, BLOCK_VALUES // max(1, work.split.layout.d + work.split.personal.d)))
-    return Path("stacked", "vmap", size, f"blocks of {size}: " + ("asked for" if block else "by the size of the model"))
+    return Path("stacked", VMAP, size, f"blocks of {size}: " + ("asked for" if block else "by the size of the model"))
 
 
-def _probe(work: Work, method: Method) -> str:
+def _probe(work: Work) -> str:
     """Why one stacked step of two copies of the first client fails, or ""."""
     ids = torch.zeros(2, dtype=torch.int64)
     try:
@@ -131,7 +133,7 @@ def _probe(work: Work, method: Method) -> str:
         batch["mask"] = torch.ones(2, 2, dtype=torch.bool, device=start.device)
         lr_scale = torch.ones((), dtype=start.dtype, device=start.device)
         held = {"x": work.split.x0}
-        many(lambda *a: client.step(work, held, *a, lr_scale))(local, batch, ids.to(start.device))
+        many(lambda r, s, k: client.step(work, held, r, s, k, lr_scale))(local, batch, ids.to(start.device))
     except Exception as error:  # whatever vmap or the model raises: one at a time still works
         return f"torch.vmap cannot batch this model: {type(error).__name__}: {str(error).splitlines()[0]}"
     return ""
@@ -140,9 +142,9 @@ def _probe(work: Work, method: Method) -> str:
 def build(
     name: str, work: Work, method: Method, key: Key, *, block: int | None = None, **faults: Any
 ) -> tuple[LocalEngine, Path]:
-    """The engine of that name, and the path it takes. name: auto (stacked where possible), or one of `ENGINES`."""
-    path = choose(name, work, method, block)
-    lift = many if path.path == "vmap" else one
+    """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible."""
+    path = choose(name, work, block)
     wired = path.name == "loopback"
-    carry = Wired() if wired else Direct()
-    return LocalEngine(work, method, key, lift=lift, carry=carry, block=path.block, copies=wired, **faults), path
+    post = Post(Wired() if wired else Direct(), method.broadcast, work.split.layout, copies=wired)
+    lift = many if path.path == VMAP else one
+    return LocalEngine(work, method, key, post, lift=lift, block=path.block, **faults), path

@@ -52,7 +52,7 @@ PARTS: dict[str, dict[str, Part]] = {
 
 def fields_of(part: Part) -> dict[str, Any]:
     """The names and types of the arguments of a part or record."""
-    hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)  # type: ignore[misc]
+    hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)
     if dataclasses.is_dataclass(part):
         hints = typing.get_type_hints(part)
         return {field.name: hints[field.name] for field in dataclasses.fields(part) if field.init}
@@ -69,7 +69,7 @@ def to_table(experiment: Experiment) -> dict[str, Any]:
     }
     task = experiment.task
     spec = isinstance(task, TaskSpec)
-    sources = {"data": task.data, "model": task.model} if spec else {"data": None, "model": None}  # type: ignore[union-attr]
+    sources = {"data": task.data, "model": task.model} if spec else {"data": None, "model": None}
     plain = {name: _plain(name, value) for name, value in table.items()}
     plain |= {name: _plain(name, value) if spec else {"name": CUSTOM} for name, value in sources.items()}
     plain["method"] = _plain("method", experiment.method)
@@ -119,7 +119,8 @@ def from_table(table: Mapping[str, Any]) -> Experiment:
             raise ConfigError(f"{needed}: the table [{needed}] is missing; for example {needed} = {_example(needed)!r}")
     task = TaskSpec(build_part("data", rest.pop("data"), "data"), build_part("model", rest.pop("model"), "model"))
     known = {name: hint for name, hint in fields_of(Experiment).items() if name != "task"}
-    return _call(lambda **fields: Experiment(task, **fields), known, rest, "")
+    experiment: Experiment = _call(lambda **fields: Experiment(task, **fields), known, rest, "")
+    return experiment
 
 
 def _example(kind: str) -> str:
@@ -136,9 +137,7 @@ def build_part(kind: str, value: Any, path: str) -> Any:
     if name is None:
         raise ConfigError(f"{path}: `name` is missing; allowed: {', '.join(sorted(PARTS[kind]))}")
     if name == CUSTOM:
-        raise ConfigError(
-            f"{path}: this part was given in Python ({rest.get('class', 'an object')}); run it from Python"
-        )
+        raise ConfigError(f"{path}: this part was given in Python ({rest.get('class', 'an object')}); run it from Python")
     if name not in PARTS[kind]:
         raise unknown(kind, name, PARTS[kind], path)
     part = PARTS[kind][name]

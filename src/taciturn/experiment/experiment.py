@@ -56,9 +56,7 @@ class Experiment:
     def __post_init__(self) -> None:
         require(self.rounds >= 1, f"rounds: at least 1; got {self.rounds}")
         require(self.evaluate_every >= 1, f"evaluate_every: at least 1 round; got {self.evaluate_every}")
-        require(
-            self.evaluate_clients_every >= 0, f"evaluate_clients_every: at least 0; got {self.evaluate_clients_every}"
-        )
+        require(self.evaluate_clients_every >= 0, f"evaluate_clients_every: at least 0; got {self.evaluate_clients_every}")
         require(self.checkpoint_every >= 1, f"checkpoint_every: at least 1 round; got {self.checkpoint_every}")
 
     def replace(self, **fields: Any) -> Experiment:

@@ -6,6 +6,7 @@ Units: bytes; seconds of one local step, measured; M clients of a round.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ from taciturn.core.state import leaves
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.runner import prepare
 from taciturn.round import fed_round, plan_round
+
+_SHARES: tuple[Callable[[str], bool], ...] = (
+    lambda kind: kind.startswith("up/") and not kind.endswith("/setup"),
+    lambda kind: kind.startswith("down/") and not kind.endswith("/setup"),
+    lambda kind: kind.endswith("/setup"),
+)
 
 
 def preview(experiment: Experiment) -> dict[str, Any]:
@@ -28,12 +35,12 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     key = random.fold(run.key, "round", 0)
     ids = method.participation.draw(0, key, torch.ones(len(sizes), dtype=torch.bool))
     plan, _ = plan_round(0, ids, sizes[ids], method)
-    for _ in range(2):
-        began = time.perf_counter()
-        fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
-        seconds = time.perf_counter() - began
-        traffic = run.engine.ledger.close_round()
-    once = sum(e["payload"] + e["frame"] for k, e in run.engine.ledger.totals.items() if k.endswith("/setup"))
+    fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
+    kinds = run.engine.post.ledger.close_round()["by_kind"]
+    began = time.perf_counter()
+    fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
+    seconds = time.perf_counter() - began
+    up, down, once = (sum(e["payload"] + e["frame"] for k, e in kinds.items() if belongs(k)) for belongs in _SHARES)
     record = sum(t.numel() * t.element_size() for t in leaves(run.work.newcomer())) + 4 * split.layout.d * 4
     return {
         "name": experiment.name,
@@ -45,10 +52,10 @@ def preview(experiment: Experiment) -> dict[str, Any]:
         "engine": f"{run.path.name} ({run.path.why})",
         "randomness": run.task.randomness,
         "steps_mean": float(plan.limit.to(torch.float64).mean()),
-        "bytes_up": traffic["up"],
-        "bytes_down": traffic["down"],
+        "bytes_up": up,
+        "bytes_down": down,
         "bytes_once": once,
-        "bytes_all_rounds": (traffic["up"] + traffic["down"]) * experiment.rounds,
+        "bytes_all_rounds": once + (up + down) * experiment.rounds,
         "memory_bytes": record * min(run.path.block, len(ids)) + 4 * split.layout.d * 4,
         "seconds_per_round": seconds,
         "seconds_all_rounds": seconds * experiment.rounds,

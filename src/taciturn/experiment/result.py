@@ -18,8 +18,6 @@ from taciturn.core.errors import RunError
 from taciturn.core.state import write_atomic
 from taciturn.experiment.record import read_header, read_lines
 
-LEAST = 1
-
 
 def worst_decile(values: list[float], goal: str) -> float | None:
     """Mean over the max(1, ceil(n / 10)) worst clients.
@@ -29,7 +27,7 @@ def worst_decile(values: list[float], goal: str) -> float | None:
     """
     if not values:
         return None
-    count = max(LEAST, -(-len(values) // 10))
+    count = max(1, -(-len(values) // 10))
     return sum(sorted(values, reverse=goal == "min")[:count]) / count
 
 
@@ -37,7 +35,7 @@ def summarize(header: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, 
     """The last known figures of a run: metric, loss, worst decile of clients, bytes, rounds, seconds."""
     name, goal = header["metric"]["name"], header["metric"]["goal"]
     last = lines[-1] if lines else {}
-    measured = next((line["metrics"] for line in reversed(lines) if line.get("metrics")), {})
+    measured: dict[str, float] = next((line["metrics"] for line in reversed(lines) if line.get("metrics")), {})
     spread = next((line["spread"] for line in reversed(lines) if line.get("spread")), None)
     return {
         "name": header["name"],
@@ -93,9 +91,7 @@ class Result:
     def model(self) -> nn.Module:
         """The trained model, in evaluation mode. Errors: `RunError` for a result that was loaded without its task."""
         if self._model is None:
-            raise RunError(
-                "this result was loaded from a folder; load its tensors: model.load_state_dict(result.tensors)"
-            )
+            raise RunError("this result was loaded from a folder; load its tensors: model.load_state_dict(result.tensors)")
         return self._model(self.tensors)
 
     def client(self, name: str) -> nn.Module:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from taciturn.client import Work
 from taciturn.core import random
 from taciturn.core.errors import AllClientsFailed, ConfigError, DataError, RunError
-from taciturn.core.state import State
+from taciturn.core.state import State, tree_map
 from taciturn.core.types import Cast, Payload
 from taciturn.engines import LocalEngine, build
 from taciturn.engines.modes import Path as EnginePath
@@ -67,8 +67,8 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     work = Work(task, split, method.solver, method.codec)
     key = random.key(experiment.seed)
     name, block = experiment.engine, experiment.block
-    if header is not None and name in ("auto", "stacked") and header["engine"]["path"] == "vmap":
-        block = header["engine"]["block"]
+    if header is not None:  # the path was chosen when the run began
+        name, block = header["engine"]["name"], header["engine"]["block"]
     engine, path = build(name, work, method, key, block=block, **faults)
     run = _Run(experiment, task, work, engine, path, key, start(split.x0, method), [])
     if run.from_clients:
@@ -181,11 +181,7 @@ def _stop_reason(run: _Run) -> str:
         return ""
     metric, goal = _leading(run.task)
     value = (last["metrics"] or {}).get(metric)
-    if (
-        stop.metric is not None
-        and value is not None
-        and (value >= stop.metric if goal == "max" else value <= stop.metric)
-    ):
+    if stop.metric is not None and value is not None and (value >= stop.metric if goal == "max" else value <= stop.metric):
         return "metric"
     if stop.bytes is not None and last["bytes_up"] + last["bytes_down"] >= stop.bytes:
         return "bytes"
@@ -209,7 +205,7 @@ def _cast(run: _Run) -> Cast:
     """The model as it would be broadcast now; the next round sends this very cast."""
     server, key = run.server, random.fold(random.fold(run.key, "round", run.server.round), "broadcast")
     cast = run.experiment.method.broadcast.publish(server.x, server.round, server.cast, run.work.split.layout, key)
-    run.server = ServerState(server.round, server.x, server.opt, server.agg, server.sync, cast)
+    run.server = replace(server, cast=cast)
     return cast
 
 
@@ -231,10 +227,10 @@ def _evaluate_central(run: _Run) -> dict[str, float]:
     central, split = run.task.data.central, run.work.split
     assert central is not None
     views = split.layout.views(run.server.x), split.personal.views(split.v0), split.buffers.views(split.b0)
-    held: State = {"x": run.server.x}
-    params = run.work.params(held, *views)
-    zero, total = torch.zeros(1, dtype=torch.int64), {}
-    for part in torch.arange(int(central.sizes[0])).split(1024):
+    params = run.work.params({"x": run.server.x}, *views)
+    zero = torch.zeros(1, dtype=torch.int64)
+    total: dict[str, float] = {}
+    for part in torch.split(torch.arange(int(central.sizes[0])), 1024):
         batch: Payload = {name: t[0] for name, t in central.fetch(zero, part.unsqueeze(0)).items()}
         batch["mask"] = torch.ones(len(part), dtype=torch.bool, device=run.server.x.device)
         for name, value in run.task.measure(params, batch).items():
@@ -253,7 +249,7 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
         metrics, spread = _evaluate_clients(run)
     if due and not run.from_clients:
         metrics = _evaluate_central(run)
-    traffic = run.engine.ledger.close_round()
+    traffic = run.engine.post.ledger.close_round()
     evaluation = sum(e["payload"] + e["frame"] for k, e in traffic["by_kind"].items() if k.endswith("/evaluate"))
     before = run.history[-1] if run.history else {"bytes_up": 0, "bytes_down": 0, "bytes_evaluate": 0}
     spent = {way: sum(e["payload"] + e["frame"] for k, e in traffic["by_kind"].items()
@@ -296,9 +292,7 @@ def _header(run: _Run) -> dict[str, Any]:
         "p": split.personal.d,
         "clients": list(run.task.train.names),
         "metric": {"name": metric, "goal": goal},
-        "measured_on": f"the clients' {run.experiment.evaluate_on} data"
-        if run.from_clients
-        else "the server's test set",
+        "measured_on": f"the clients' {run.experiment.evaluate_on} data" if run.from_clients else "the server's test set",
         "target": run.experiment.target,
         "note": run.task.data.note,
     }
@@ -324,7 +318,7 @@ def _snapshot(run: _Run) -> tuple[State, dict[str, Any]]:
     }
     meta: dict[str, Any] = {
         "seconds": run.seconds,
-        "totals": run.engine.ledger.totals,
+        "totals": run.engine.post.ledger.totals,
         "layout": run.work.split.layout.fingerprint,
     }
     if cast is not None:
@@ -340,16 +334,17 @@ def _restore(run: _Run, folder: RunFolder) -> None:
         folder.lines(0)
         return
     state, meta = found
+    state = tree_map(lambda tensor: tensor.to(run.server.x.device), state)
     if meta["layout"] != run.work.split.layout.fingerprint:
         raise RunError(f"{folder.path}: the checkpoint is of another model (names or shapes of its parameters differ)")
     cast = None
     if "cast" in meta:
         log = sorted((int(number), payload) for number, payload in state.get("log", {}).items())
         cast = Cast(meta["cast"]["version"], meta["cast"]["source"], state["held"], tuple(log))
-    records = (state.get(name, {}) for name in ("opt", "agg", "sync"))
-    run.server = ServerState(meta["round"], state["x"], *records, cast)
+    opt, agg, sync = (state.get(name, {}) for name in ("opt", "agg", "sync"))
+    run.server = ServerState(meta["round"], state["x"], opt, agg, sync, cast)
     run.engine.restore(state["engine"])
-    run.engine.ledger.totals = meta["totals"]
+    run.engine.post.ledger.totals = meta["totals"]
     run.history = folder.lines(meta["round"])
     run.seconds = meta["seconds"]
 

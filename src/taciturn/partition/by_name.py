@@ -45,9 +45,7 @@ def _cut(model: nn.Module, tracked: frozenset[str], is_personal: Callable[[str],
         return {**y, **v}
 
     device = next(iter(trainable.values())).device
-    x0, v0, b0 = (
-        side.flatten(t, dtype).to(device) for side, t in ((layout, shared), (mine, personal), (stats, buffers))
-    )
+    x0, v0, b0 = (side.flatten(t, dtype).to(device) for side, t in ((layout, shared), (mine, personal), (stats, buffers)))
     return Split(layout, mine, stats, x0, v0, b0, join)
 
 
@@ -57,7 +55,7 @@ def _refuse_tracked(tracked: Iterable[str], is_personal: Callable[[str], bool]) 
     if loose:
         raise ModelError(
             f"training changes the buffers {', '.join(sorted(loose)[:3])}{' ..' if len(loose) > 3 else ''} (running "
-            "statistics of BatchNorm), which are not parameters and cannot be averaged. Remedies: keep the norms personal, "
+            "statistics of BatchNorm), which are not parameters and cannot be averaged. Remedies: keep norms personal, "
             'partition = layers(personal="norms") (FedBN); or use GroupNorm or LayerNorm; or freeze the statistics with '
             "module.track_running_stats = False"
         )
@@ -87,9 +85,7 @@ class layers:
     shared: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.personal) != bool(self.shared), f"layers: give personal or shared, one of the two; got {self}"
-        )
+        require(bool(self.personal) != bool(self.shared), f"layers: give personal or shared, one of the two; got {self}")
 
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
         """Cut the model."""

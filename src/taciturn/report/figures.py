@@ -91,7 +91,7 @@ def _log_bytes_axis(title: str, traces: Sequence[Any]) -> dict[str, Any]:
     low, high = min(counts), max(counts)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     step = -(-len(decades) // 8)
-    steps = (1, 2, 5) if len(decades) <= 3 else (1,)
+    steps = (1, 2, 5) if high < 300 * low else (1,)
     ticks = [digit * 10.0**power for power in decades[::step] for digit in steps]
     return {
         "title": {"text": f"{title} (1 kB = 1000 B)"},
@@ -214,9 +214,7 @@ def loss_figure(groups: Sequence[Method]) -> Figure:
     """The mean training loss of the cohort over rounds."""
 
     def points(run: Run) -> Curve:
-        values = [
-            (line["round"], number(line.get("loss")), line["bytes_up"] + line["bytes_down"]) for line in run.rounds
-        ]
+        values = [(line["round"], number(line.get("loss")), line["bytes_up"] + line["bytes_down"]) for line in run.rounds]
         return [(at, value, count) for at, value, count in values if value is not None]
 
     traces = _lines(groups, points, over_bytes=False, value=".4g")
@@ -265,9 +263,8 @@ def traffic_figure(groups: Sequence[Method]) -> Figure:
     layout = _layout(x_axis, _rows_axis(labels), names, height=130 + 52 * len(bars))
     plot = go.Figure(traces, layout | {"barmode": "stack", "bargap": 0.3})
     many = " Mean over seeds." if any(len(group.runs) > 1 for group in groups) else ""
-    caption = (
-        f"Whole run; payload by kind, then the frames (headers, checksums) of all kinds. Exact counts below.{many}"
-    )
+    many += " Evaluation is shown here, but no total and no target counts it." if "evaluate" in seen else ""
+    caption = f"Whole run; payload by kind, then the frames (headers, checksums) of all kinds. Exact counts below.{many}"
     return Figure("traffic", title, caption, plot)
 
 

@@ -10,9 +10,7 @@ Every text that comes from a run is escaped by the template; data of figures are
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,10 @@ import plotly.offline
 from jinja2 import Environment, StrictUndefined
 
 from taciturn.core.errors import RunError
+from taciturn.core.state import write_atomic
 from taciturn.report.figures import Figure, figures
 from taciturn.report.read import Run, read_run
-from taciturn.report.tables import Method, by_kind, common_target, human_bytes, is_fraction, methods, summary
+from taciturn.report.tables import Method, by_kind, common_target, human_bytes, is_fraction, methods, settings, summary
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 SHOWN = 50  # rows of clients that were left out
@@ -41,17 +40,9 @@ def write_report(folders: Sequence[Path], out: Path, target: float | None = None
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(page)
-            os.chmod(partial, 0o644)
-            os.replace(partial, out)
-        except BaseException:
-            os.unlink(partial)
-            raise
     except OSError as error:
-        raise RunError(f"{out}: the report cannot be written: {error.strerror or error}") from error
+        raise RunError(f"cannot write {out}: {error.strerror or error}") from error
+    write_atomic(out, [page.encode()])
     return out
 
 
@@ -68,12 +59,13 @@ def render(runs: Sequence[Run], target: float | None = None) -> str:
         target=None if goal is None else value_text(goal, runs[0].metric, fraction),
         target_source=_target_source(runs, target),
         table=table(rows, fraction),
+        measured_on=list(dict.fromkeys(str(run.header.get("measured_on") or "") for run in runs)),
         reasons=[row["ratio_reason"] for row in rows if row["ratio_reason"]],
         figures=plots,
         figure_data=embed(plots),
         left_out=left_out(groups),
         ledgers=[(group.label, ledger(group), ledger_note(group)) for group in groups],
-        methods=[details(group) for group in groups],
+        methods=[details(group, groups[0]) for group in groups],
         plotly_js=plotly.offline.get_plotlyjs(),
     )
 
@@ -248,18 +240,20 @@ def exact(value: float) -> str:
 # Configuration -------------------------------------------------------------------------------------------------------
 
 
-def details(group: Method) -> dict[str, Any]:
-    """What a method's runs were: configuration, versions, engine, sizes, folders, and how its seeds differ."""
+def details(group: Method, baseline: Method) -> dict[str, Any]:
+    """What a method's runs were: configuration, versions, engine, sizes, folders; how seeds and baseline differ."""
     run = group.runs[0]
     head, engine = run.header, run.header.get("engine") or {}
     facts = {
         "note": head.get("note"),
         "seeds": ", ".join(str(each.seed) for each in group.runs),
         "created": ", ".join(str(each.header.get("created", NONE)) for each in group.runs),
+        "measured on": head.get("measured_on"),
         "versions": ", ".join(f"{name} {version}" for name, version in (head.get("versions") or {}).items()),
         "engine": ", ".join(str(engine[key]) for key in ("name", "path") if engine.get(key)),
         "block": f"{engine['block']} clients at once" if engine.get("block") else None,
         "why this path": engine.get("why"),
+        "threads": head.get("threads"),
         "shared parameters": head.get("d"),
         "personal parameters": head.get("p"),
         "clients": len(head.get("clients") or []) or None,
@@ -271,24 +265,18 @@ def details(group: Method) -> dict[str, Any]:
     return {
         "label": group.label,
         "facts": {key: exact(v) if isinstance(v, int) else str(v) for key, v in facts.items() if v not in (None, "")},
-        "config": toml(head.get("experiment") or {}),
-        "differences": differences(group),
+        "config": run.config or toml(head.get("experiment") or {}),
+        "differences": differences(group.runs),
+        "from_baseline": differences([run, baseline.runs[0]]),
     }
 
 
-def differences(group: Method) -> list[str]:
-    """The configuration values, seeds aside, in which the runs of one method differ; empty if they are alike."""
-    flats = [dict(_flat(run.header.get("experiment") or {})) for run in group.runs]
-    keys = sorted({key for flat in flats for key in flat if key.rpartition(".")[2] != "seed"})
-    shown = {key: [json.dumps(flat.get(key), default=str) for flat in flats] for key in keys}
+def differences(runs: Sequence[Run]) -> list[str]:
+    """The configuration values, seeds and name aside, in which runs differ, a value a run; empty if they are alike."""
+    flats = [settings(run) for run in runs]
+    keys = sorted({key for flat in flats for key in flat if key.rpartition(".")[2] != "seed" and key != "name"})
+    shown = {key: [json.dumps(flat[key], default=str) if key in flat else NONE for flat in flats] for key in keys}
     return [f"{key}: {', '.join(values)}" for key, values in shown.items() if len(set(values)) > 1]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return rows
 
 
 def toml(tree: Mapping[str, Any], prefix: str = "") -> str:

@@ -2,6 +2,7 @@
 
     run.json       what was run: name, seed, configuration, engine, versions, metric and its goal (format 1)
     record.jsonl   one line a round: loss, metrics, cumulative bytes and seconds, traffic by kind, clients left out
+    config.toml    the configuration as text, to run again; shown as it is where it is there
     result.json    the final summary; absent while a run is going on and after it was interrupted
 
 Units: bytes are bytes on the line (payload + frame), seconds are wall-clock seconds, rounds count from 1.
@@ -35,6 +36,7 @@ class Run:
     header: dict[str, Any]
     rounds: tuple[dict[str, Any], ...]
     result: dict[str, Any] | None = None
+    config: str | None = None
 
     @property
     def bytes_up(self) -> int:
@@ -89,7 +91,7 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path)
     header = _read_header(folder)
     rounds = _read_record(folder / "record.jsonl")
-    metric = header["metric"]
+    metric, config = header["metric"], folder / "config.toml"
     return Run(
         path=folder,
         name=str(header["name"]),
@@ -99,6 +101,7 @@ def read_run(path: str | Path) -> Run:
         header=header,
         rounds=tuple(rounds),
         result=_read_json(folder / "result.json") if (folder / "result.json").is_file() else None,
+        config=config.read_text(encoding="utf-8", errors="replace").strip() if config.is_file() else None,
     )
 
 

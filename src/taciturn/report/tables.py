@@ -4,19 +4,21 @@ Symbols and units:
     target      a value of the metric; a run reaches it in its first evaluated round at least as good
     bytes       up + down, payload + frame, without evaluation; 1 kB = 1000 B
     baseline    the first run given (with its other seeds)
-    method      the runs of one name; several seeds give a mean and a sample standard deviation
+    method      the runs of one name and configuration; several seeds give a mean and a sample standard deviation
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from taciturn.core.errors import RunError
 from taciturn.report.read import Run, number
 
+# Values of a configuration that seeds of one method may differ in; a "seed" may differ wherever it stands.
+FREE = ("name", "engine", "block", "device", "target", "checkpoint_every", "evaluate_every", "evaluate_clients_every")
 SLACK = 0.02  # the default target is this fraction worse than the baseline's best
 
 
@@ -152,9 +154,10 @@ def common_target(runs: Sequence[Run], target: float | None = None) -> float | N
 
 
 def methods(runs: Sequence[Run]) -> list[Method]:
-    """Group the runs of one name and different seeds, in the order given.
+    """Group the runs of one name, one configuration and different seeds, in the order given.
 
-    A seed that a group already has starts another group, labeled with its folder. Raises `RunError` where there is no
+    Another configuration (`FREE` values aside), or a seed that a group already has, starts another group; groups of one
+    name are labeled with their folders. Raises `RunError` where there is no
     run, or where the runs do not share one metric and goal: their numbers must not stand in one table.
     """
     if not runs:
@@ -168,7 +171,8 @@ def methods(runs: Sequence[Run]) -> list[Method]:
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
-            if group[0].name == run.name and run.seed not in [other.seed for other in group]:
+            alike = group[0].name == run.name and _method(group[0]) == _method(run)
+            if alike and run.seed not in [other.seed for other in group]:
                 group.append(run)
                 break
         else:
@@ -180,6 +184,22 @@ def methods(runs: Sequence[Run]) -> list[Method]:
         label = name if names.count(name) == 1 else f"{name} ({folder})"
         labels.append(label if label not in labels else f"{label} #{len(labels) + 1}")
     return [Method(label, tuple(group)) for label, group in zip(labels, groups, strict=True)]
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """The run's configuration as one flat dict: "method.codec.name" -> "cast"."""
+
+    def flat(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+        rows: list[tuple[str, Any]] = []
+        for key, value in tree.items():
+            rows += flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        return rows
+
+    return dict(flat(run.header.get("experiment") or {}, ""))
+
+
+def _method(run: Run) -> dict[str, Any]:
+    return {key: v for key, v in settings(run).items() if key not in FREE and key.rpartition(".")[2] != "seed"}
 
 
 def mean_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:

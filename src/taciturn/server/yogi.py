@@ -18,9 +18,7 @@ class Yogi(torch.optim.Optimizer):
     Source: Zaheer et al. 2018, Algorithm 2. Departure: bias correction, so that `yogi` and `adam` start alike.
     """
 
-    def __init__(
-        self, params: Any, lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-3
-    ) -> None:
+    def __init__(self, params: Any, lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""LOCAL training. Every exported name is a part that can stand in `[method.solver]`; schedules.py has the learning rates over rounds."""
+"""LOCAL training. Every exported name is a part for `[method.solver]`; learning rates over rounds: schedules.py."""
 
 from taciturn.solvers.optimizers import adamw, prox, sgd
 

@@ -21,21 +21,21 @@ from taciturn.core.vector import Vector
 class every:
     """Synchronise after a fixed number of local epochs or steps: the rule of FedAvg.
 
-    epochs: passes over the client's own data (1 if neither is given); steps: local steps, the same for all.
+    epochs: passes over the client's own data; steps: local steps instead, the same for all.
     pace "own": each client does its own epochs and waits; "longest": all do as many steps as the longest of the cohort,
     small clients going through their data again (FDA-Opt's convention). Silent: one exchange a round.
     Source: McMahan et al. 2017, Algorithm 1 (E epochs).
     """
 
     silent: ClassVar[bool] = True
-    epochs: int | None = None
+    epochs: int = 1
     steps: int | None = None
     pace: Literal["own", "longest"] = "own"
 
     def __post_init__(self) -> None:
-        require(self.epochs is None or self.steps is None, f"every: give epochs or steps, not both; got {self}")
-        require((self.epochs or 1) >= 1 and (self.steps or 1) >= 1, f"every: at least 1 epoch or step; got {self}")
-        require(self.epochs != 0 and self.steps != 0, f"every: at least 1 epoch or step; got {self}")
+        require(self.epochs >= 1, f"epochs: at least 1; got {self.epochs}")
+        require(self.steps is None or self.steps >= 1, f"steps: at least 1; got {self.steps}")
+        require(self.steps is None or self.epochs == 1, f"give epochs or steps, not both; got {self}")
 
     def init(self) -> State:
         """No state."""
@@ -43,7 +43,7 @@ class every:
 
     def schedule(self, epoch_steps: Tensor) -> tuple[Tensor, int]:
         """[M] steps per epoch -> ([M] limit, stride = the longest)."""
-        limit = torch.full_like(epoch_steps, self.steps) if self.steps else epoch_steps * (self.epochs or 1)
+        limit = torch.full_like(epoch_steps, self.steps) if self.steps else epoch_steps * self.epochs
         if self.pace == "longest":
             limit = limit.max().expand_as(limit)
         return limit, int(limit.max())

@@ -5,6 +5,7 @@ Symbols: sample: one input without the batch axis; outputs: classes or regressio
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ class mlp:
         """-> nn.Module for inputs of the sample's shape."""
         widths = (sample.numel(), *self.hidden)
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(), *([nn.Dropout(self.dropout)] if self.dropout else [])]
         return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
 
@@ -48,9 +49,7 @@ class cnn:
     def build(self, sample: Tensor, outputs: int) -> nn.Module:
         """-> nn.Module for images [c, h, w]. Errors: `DataError` for other shapes."""
         if sample.dim() != 3 or min(sample.shape[1:]) < 4:
-            raise DataError(
-                f"model cnn takes images [channels, height, width] of 4 x 4 or more; got {tuple(sample.shape)}"
-            )
+            raise DataError(f"model cnn takes images [channels, height, width] of 4 x 4 or more; got {tuple(sample.shape)}")
         c, h, w = sample.shape
         first, second = self.channels
         features = (

@@ -33,11 +33,7 @@ class _Stream:
         """Mask of this call: 1 / (1 - p) with probability 1 - p, else 0."""
         self.calls += 1
         draw = random.uniform(random.fold(self.key, "dropout", self.calls), *shape)
-        return (
-            (draw >= p).to(like.dtype) / (1.0 - p)
-            if p < 1
-            else torch.zeros(shape, dtype=like.dtype, device=like.device)
-        )
+        return (draw >= p).to(like.dtype) / (1.0 - p) if p < 1 else torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def dropout(self, x: Tensor, p: float, train: bool) -> Tensor:
         return x * self.keep(x.shape, p, x) if train and p > 0 else x

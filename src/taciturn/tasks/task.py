@@ -6,8 +6,8 @@ Symbols: b samples of a batch; output [b, ..]; target [b, ..]; mask [b] bool, Fa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taciturn.core.errors import ConfigError, DataError, ModelError
-from taciturn.core.random import Key, key
+from taciturn.core.random import Key, key, seeded
 from taciturn.core.types import Batch, Clients, Record
 from taciturn.tasks.data.clients import Federation, LazyClients, Samples, TableClients
 from taciturn.tasks.metrics import Metric, accuracy, mae, per_sample, rmse
@@ -59,9 +59,7 @@ class Task:
         if not model.training:
             model.train()  # a model in evaluation mode as a whole is to be trained; single frozen parts stay frozen
         metrics = (_default_metrics(self.loss) if self.metrics is None else tuple(self.metrics)) or ()
-        return BuiltTask(
-            model, self._federation().to(device), per_sample(self.loss), metrics, self.forward, device, dtype
-        )
+        return BuiltTask(model, self._federation().to(device), per_sample(self.loss), metrics, self.forward, device, dtype)
 
     def _federation(self) -> Federation:
         if isinstance(self.data, Federation):
@@ -134,12 +132,10 @@ class BuiltTask:
         except ConfigError:
             raise
         except Exception as error:
-            raise ModelError(
-                f"the model or the loss failed on two samples of {self.train.names[0]!r}: {error}"
-            ) from error
+            raise ModelError(f"the model or the loss failed on two samples of {self.train.names[0]!r}: {error}") from error
         if values.shape != (n,):
             raise ModelError(
-                f"the loss gave shape {tuple(values.shape)} for {n} samples; one value a sample [{n}] is needed: pass a loss "
+                f"the loss gave shape {tuple(values.shape)} for {n} samples; one value a sample [{n}] is needed: a loss "
                 'with reduction="none" or one that takes `reduction`'
             )
         moved = {name for name, t in self.model.named_buffers() if not torch.equal(t, before[name])}
@@ -151,9 +147,7 @@ class BuiltTask:
                     f"{name}: BatchNorm with momentum=None keeps a count that cannot be kept here; set a momentum"
                 )
         floating = frozenset(n for n, t in self.model.named_buffers() if n in moved and t.is_floating_point())
-        object.__setattr__(
-            self, "_counters", tuple(sorted(moved - floating))
-        )  # num_batches_tracked: written, never read
+        object.__setattr__(self, "_counters", tuple(sorted(moved - floating)))  # num_batches_tracked: written, never read
         return ("seeded" if other else "keyed" if plain else "none"), floating
 
     @property
@@ -165,9 +159,7 @@ class BuiltTask:
     def sequential_only(self) -> str:
         """Why clients cannot be stacked, or ""."""
         if self.randomness == "seeded":
-            return (
-                "the model draws random numbers outside dropout: one client at a time, under a seed per client and step"
-            )
+            return "the model draws random numbers outside dropout: one client at a time, under a seed per client and step"
         if self.couples:
             return "BatchNorm couples the samples of a batch, so batches cannot be padded: one client at a time"
         return ""
@@ -223,15 +215,7 @@ class BuiltTask:
     def _under(self, key: Key) -> Any:
         if self.randomness == "keyed":
             return keyed(key)
-        return _seeded(key) if self.randomness == "seeded" else nullcontext()
-
-
-@contextmanager
-def _seeded(key: Key) -> Iterator[None]:
-    """torch's global generators under a seed from the key, and as before afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(int(key) & ((1 << 63) - 1))
-        yield
+        return seeded(key) if self.randomness == "seeded" else nullcontext()
 
 
 class Aligned:
@@ -243,6 +227,6 @@ class Aligned:
         self._place = torch.tensor([place.get(name, -1) for name in names])
         self.sizes = torch.where(self._place >= 0, part.sizes[self._place.clamp(min=0)], 0)
 
-    def fetch(self, ids: Tensor, index: Tensor) -> Batch:
+    def fetch(self, ids: Tensor, index: Tensor, keys: Key | None = None) -> Batch:
         """Samples `index` [m, b] of clients `ids` [m], which must have some."""
-        return self._part.fetch(self._place[ids], index)
+        return self._part.fetch(self._place[ids], index, keys)

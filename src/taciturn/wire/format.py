@@ -87,9 +87,7 @@ class Schema:
             raise WireError(f"not a schema: {error}") from error
         for name, dtype, shape in fields:
             good = isinstance(name, str) and isinstance(dtype, str) and dtype in _DTYPES
-            if not good or not all(
-                isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _LARGEST for n in shape
-            ):
+            if not good or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _LARGEST for n in shape):
                 raise WireError(f"not a schema: field {(name, dtype, shape)!r}")
         schema = cls(fields)
         if len({name for name, _, _ in fields}) != len(fields):

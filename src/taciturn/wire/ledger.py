@@ -23,10 +23,8 @@ class Ledger:
         self._clients: dict[int, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0, "monitor": 0})
         self._exchanges = 0
 
-    def count(
-        self, direction: str, kind: str, ids: Tensor, payload: Tensor | int, frame: int, messages: int = 1
-    ) -> None:
-        """One message (or part of one, with messages = 0) of each client in `ids` [m]; `payload` [m] or the same for all."""
+    def count(self, direction: str, kind: str, ids: Tensor, payload: Tensor | int, frame: int, messages: int = 1) -> None:
+        """One message (or part of one, with messages = 0) of each client in `ids` [m]; `payload` [m], or one for all."""
         sizes = torch.as_tensor(payload).expand(len(ids)).tolist()
         for table in (self._round, self.totals):
             entry = table.setdefault(f"{direction}/{kind}", {"payload": 0, "frame": 0, "messages": 0})
@@ -51,8 +49,7 @@ class Ledger:
             "monitor": sum(self._clients[i]["monitor"] for i in ids),
             "exchanges": self._exchanges,
             "by_kind": self._round,
-            "clients": {name: [self._clients[i][name] for i in ids] for name in ("up", "down", "monitor")}
-            | {"ids": ids},
+            "clients": {name: [self._clients[i][name] for i in ids] for name in ("up", "down", "monitor")} | {"ids": ids},
         }
         self._round, self._exchanges = {}, 0
         self._clients.clear()

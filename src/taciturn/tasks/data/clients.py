@@ -6,6 +6,7 @@ Symbols: S samples in all; n_i samples of client i; ids [m] clients; index [m, b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from taciturn.core import random
 from taciturn.core.errors import DataError, require
+from taciturn.core.random import Key
 from taciturn.core.types import Batch
 
 
@@ -32,9 +34,7 @@ def _refuse_empty(names: Sequence[str], sizes: Tensor) -> None:
     empty = [names[i] for i in (sizes == 0).nonzero().squeeze(1).tolist()]
     if empty:
         shown = ", ".join(repr(name) for name in empty[:5])
-        raise DataError(
-            f"{len(empty)} of {len(names)} clients have no sample: {shown}; leave them out or give them data"
-        )
+        raise DataError(f"{len(empty)} of {len(names)} clients have no sample: {shown}; leave them out or give them data")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TableClients:
         """[N] samples."""
         return self.offsets.diff()
 
-    def fetch(self, ids: Tensor, index: Tensor) -> Batch:
+    def fetch(self, ids: Tensor, index: Tensor, keys: Key | None = None) -> Batch:
         """Samples `index` [m, b] of clients `ids` [m] -> {name: [m, b, ..]}."""
         rows = self.rows[self.offsets[ids].unsqueeze(1) + index]
         return {name: values[rows.to(values.device)] for name, values in self.fields.items()}
@@ -81,8 +81,9 @@ class TableClients:
 class LazyClients:
     """One map-style dataset a client; samples are read when a batch needs them.
 
-    A sample is a dict of tensors, or a tuple (input, target). Errors: `DataError` for empty clients and for samples of
-    other shapes.
+    A sample is a dict of tensors, or a tuple (input, target). A data set that draws at random while it is read
+    (augmentation) does so under a seed of this client and step, so that every engine sees the same samples.
+    Errors: `DataError` for empty clients and for samples of other shapes.
     """
 
     names: tuple[str, ...]
@@ -94,20 +95,17 @@ class LazyClients:
         object.__setattr__(self, "sizes", torch.tensor([len(dataset) for dataset in self.datasets], dtype=torch.int64))
         _refuse_empty(self.names, self.sizes)
 
-    def fetch(self, ids: Tensor, index: Tensor) -> Batch:
+    def fetch(self, ids: Tensor, index: Tensor, keys: Key | None = None) -> Batch:
         """Samples `index` [m, b] of clients `ids` [m] -> {name: [m, b, ..]}."""
         m, b = index.shape
-        samples = [
-            _named(self.datasets[client][i], self.names[client])
-            for client, row in zip(ids.tolist(), index.tolist(), strict=True)
-            for i in row
-        ]
+        samples = []
+        for place, client in enumerate(ids.tolist()):
+            with random.seeded(keys[place]) if keys is not None else nullcontext():
+                samples += [_named(self.datasets[client][i], self.names[client]) for i in index[place].tolist()]
         try:
             stacked = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
         except (KeyError, RuntimeError) as error:
-            raise DataError(
-                f"samples of clients {[self.names[i] for i in ids.tolist()]} do not stack: {error}"
-            ) from error
+            raise DataError(f"samples of clients {[self.names[i] for i in ids.tolist()]} do not stack: {error}") from error
         return {name: values.reshape(m, b, *values.shape[1:]).to(self.device) for name, values in stacked.items()}
 
     def to(self, device: torch.device | str) -> LazyClients:
@@ -120,9 +118,7 @@ def _named(sample: Any, client: str) -> dict[str, Tensor]:
         return {name: torch.as_tensor(value) for name, value in sample.items()}
     if isinstance(sample, (tuple, list)) and len(sample) == 2:
         return {"input": torch.as_tensor(sample[0]), "target": torch.as_tensor(sample[1])}
-    raise DataError(
-        f"a sample of client {client!r} is {type(sample).__name__}; give (input, target) or a dict of tensors"
-    )
+    raise DataError(f"a sample of client {client!r} is {type(sample).__name__}; give (input, target) or a dict of tensors")
 
 
 @dataclass(frozen=True)
@@ -153,9 +149,7 @@ def hold_out(
 
     A client keeps at least one training sample; one with too few samples has no held-out part (left out of that split).
     """
-    require(
-        0 <= test < 1 and 0 <= validation < 1 and test + validation < 1, f"{test=}, {validation=}: fractions below 1"
-    )
+    require(0 <= test < 1 and 0 <= validation < 1 and test + validation < 1, f"{test=}, {validation=}: fractions below 1")
     parts: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
     for number, (name, rows) in enumerate(owners.items()):
         rows = np.asarray(rows)

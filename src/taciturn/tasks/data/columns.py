@@ -84,9 +84,7 @@ def by_owner(frame: Frame, owner: str) -> dict[str, Frame]:
         values = as_texts(column, owner, frame.file)
         missing = np.array([value is None for value in values])
     if missing.any():
-        raise DataError(
-            f"{frame.file}: {int(missing.sum())} rows have no {owner!r} (the first is row {missing.argmax()})"
-        )
+        raise DataError(f"{frame.file}: {int(missing.sum())} rows have no {owner!r} (the first is row {missing.argmax()})")
     kept = Frame({name: column for name, column in frame.columns.items() if name != owner}, frame.file)
     found = np.unique(values)
     return {plain(value): kept.take(np.flatnonzero(values == value)) for value in found}
@@ -106,9 +104,7 @@ def _read_npz(file: Path) -> dict[str, Column]:
             if values.dtype.kind in "biuf":
                 columns[name] = Column("flag" if values.dtype.kind == "b" else "number", values.astype(np.float64))
             elif values.dtype.kind == "U" and values.ndim == 1:
-                columns[name] = Column(
-                    "text", np.array([v if v not in MISSING else None for v in values], dtype=object)
-                )
+                columns[name] = Column("text", np.array([v if v not in MISSING else None for v in values], dtype=object))
             else:
                 columns[name] = Column(f"{values.dtype} of rank {values.ndim}", np.zeros(len(values)))
     return columns

@@ -188,13 +188,9 @@ def _choose(frames: dict[str, Frame], target: str, inputs: Sequence[str] | None)
     for name in chosen:
         for frame in frames.values():
             if name not in frame.columns:
-                raise DataError(
-                    f"{unknown('column', name, frame.columns, frame.file)}; other files have it: set inputs"
-                )
+                raise DataError(f"{unknown('column', name, frame.columns, frame.file)}; other files have it: set inputs")
     if not chosen:
-        raise DataError(
-            f"no column but {target!r} holds numbers; name the inputs; columns: {', '.join(names) or 'none'}"
-        )
+        raise DataError(f"no column but {target!r} holds numbers; name the inputs; columns: {', '.join(names) or 'none'}")
     return chosen, [f"columns without numbers left out: {', '.join(left_out)}"] if left_out else []
 
 
@@ -272,9 +268,7 @@ def _encode(frames: dict[str, Frame], name: str) -> tuple[Array, list[str], str]
             raise DataError(
                 f"column {name!r} holds {len(found)} different texts (up to {CATEGORIES}); leave it out of inputs"
             )
-        one_hot = np.array(
-            [[np.nan] * len(found) if t is None else [t == c for c in found] for t in texts], dtype=float
-        )
+        one_hot = np.array([[np.nan] * len(found) if t is None else [t == c for c in found] for t in texts], dtype=float)
         return one_hot, [f"{name}={text}" for text in found], kind
     shapes = {frame.column(name).values.shape[1:]: frame.file for frame in frames.values()}
     if len(shapes) > 1:

