@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from taciturn.core import random
+from taciturn.tasks.built import BuiltTask
 from taciturn.tasks.data.clients import Federation, TableClients
-from taciturn.tasks.task import BuiltTask, Task
+from taciturn.tasks.task import Task
 
 torch.set_num_threads(1)
 SIZES = (1, 7, 16, 33, 5, 20, 11, 2)

@@ -50,7 +50,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
         "d": split.layout.d,
         "p": split.personal.d,
         "engine": f"{run.path.name} ({run.path.why})",
-        "randomness": run.task.randomness,
+        "randomness": run.task.facts.randomness,
         "steps_mean": float(plan.limit.to(torch.float64).mean()),
         "bytes_up": up,
         "bytes_down": down,

@@ -33,7 +33,7 @@ from taciturn.experiment.experiment import Callback, Experiment
 from taciturn.experiment.record import FORMAT, RunFolder
 from taciturn.experiment.result import Result
 from taciturn.round import RoundStats, ServerState, fed_round, start
-from taciturn.tasks.task import BuiltTask
+from taciturn.tasks.built import BuiltTask
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MAY_DIFFER = ("rounds", "stop_at", "checkpoint_every", "evaluate_every", "evaluate_clients_every", "target", "name")
@@ -286,7 +286,7 @@ def _header(run: _Run) -> dict[str, Any]:
         "seed": run.experiment.seed,
         "engine": {"name": run.path.name, "path": run.path.path, "block": run.path.block, "why": run.path.why},
         "threads": torch.get_num_threads(),
-        "randomness": run.task.randomness,
+        "randomness": run.task.facts.randomness,
         "layout": split.layout.fingerprint,
         "d": split.layout.d,
         "p": split.personal.d,

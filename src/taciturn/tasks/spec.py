@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taciturn.tasks.built import BuiltTask
 from taciturn.tasks.data.clients import Federation
 from taciturn.tasks.metrics import accuracy, mae, rmse
-from taciturn.tasks.task import BuiltTask, Task
+from taciturn.tasks.task import Task
 
 
 class DataSource(Protocol):

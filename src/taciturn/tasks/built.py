@@ -1,0 +1,196 @@
+"""A checked task: what engines and the runner read, and how the checks are made.
+
+Symbols: b samples of a batch; output [b, ..]; target [b, ..]; mask [b] bool, False marks padding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from taciturn.core.errors import ConfigError, DataError, ModelError
+from taciturn.core.random import Key, key, seeded
+from taciturn.core.types import Batch, Clients, Record
+from taciturn.tasks.data.clients import Federation, LazyClients, TableClients
+from taciturn.tasks.metrics import Metric
+from taciturn.tasks.randomness import changes_generator, couples_samples, keyed
+
+Forward: TypeAlias = Callable[[Callable[..., Any], Batch], Any]
+RANDOMNESS: dict[str, Callable[[Key], AbstractContextManager[None]]] = {
+    "none": lambda key: nullcontext(),
+    "keyed": keyed,
+    "seeded": seeded,
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """How parameters and a batch become values: the user's forward and loss, in the run's precision."""
+
+    forward: Forward
+    per_sample: Callable[[Any, Any], Tensor]
+    dtype: torch.dtype
+
+    def cast(self, batch: Batch) -> Batch:
+        """The batch with its floats in the run's precision."""
+        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in batch.items()}
+
+    def output(self, model: nn.Module, params: Record, batch: Batch) -> Any:
+        """What the model gives."""
+        return self.forward(lambda *a, **k: torch.func.functional_call(model, params, a, k), batch)
+
+    def values(self, model: nn.Module, params: Record, batch: Batch) -> Tensor:
+        """Loss of each sample [b]."""
+        batch = self.cast(batch)
+        return self.per_sample(self.output(model, params, batch), batch["target"])
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What two samples in training mode showed of a model.
+
+    randomness: "none", "keyed" (dropout that keys replace) or "seeded" (other draws). tracked: float buffers that
+    training changes; counters: integer ones, written and never read. couples: samples of a batch influence each other.
+    """
+
+    randomness: str
+    tracked: frozenset[str]
+    counters: tuple[str, ...]
+    couples: bool
+
+
+def examine(program: Program, model: nn.Module, train: Clients, device: str) -> Facts:
+    """Run two samples of the largest client. Errors: `DataError`, `ModelError` with the remedy."""
+    largest = train.sizes.argmax().reshape(1)
+    index = torch.tensor([[0, min(1, int(train.sizes.max()) - 1)]])
+    batch = {name: t[0] for name, t in train.fetch(largest, index).items()}
+    if "target" not in batch:
+        raise DataError(f'samples have {sorted(batch)}; a field "target" is needed')
+    before = {name: t.clone() for name, t in model.named_buffers()}
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return program.values(model, dict(model.named_parameters()), batch)
+
+    try:
+        values = run()
+        draws = changes_generator(run, torch.device(device))
+        with keyed(key(0)):
+            other = draws and changes_generator(run, torch.device(device))
+    except ConfigError:
+        raise
+    except Exception as error:
+        name = train.names[int(largest)]
+        raise ModelError(f"the model or the loss failed on two samples of {name!r}: {error}") from error
+    if values.shape != (2,):
+        raise ModelError(
+            f"the loss gave shape {tuple(values.shape)} for 2 samples; one value a sample [2] is needed: a loss with "
+            'reduction="none", or one that takes `reduction`'
+        )
+    moved = {name: t.is_floating_point() for name, t in model.named_buffers() if not torch.equal(t, before[name])}
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
+    for name, module in model.named_modules():
+        if getattr(module, "momentum", 0.1) is None and any(m.startswith(name + ".") for m in moved):
+            raise ModelError(f"{name}: BatchNorm with momentum=None keeps a count that cannot be kept; set a momentum")
+    return Facts(
+        "seeded" if other else "keyed" if draws else "none",
+        frozenset(name for name, floating in moved.items() if floating),
+        tuple(sorted(name for name, floating in moved.items() if not floating)),
+        couples_samples(model),
+    )
+
+
+@dataclass(frozen=True)
+class BuiltTask:
+    """A task that was checked. `evaluated` is the model in evaluation mode, on the same tensors."""
+
+    model: nn.Module
+    evaluated: nn.Module
+    data: Federation
+    metrics: tuple[Metric, ...]
+    program: Program
+    facts: Facts
+
+    @property
+    def train(self) -> Clients:
+        """The clients' training data."""
+        return self.data.train
+
+    @property
+    def tracked(self) -> frozenset[str]:
+        """Buffers that a training step changes."""
+        return self.facts.tracked
+
+    @property
+    def sequential_only(self) -> str:
+        """Why clients cannot be stacked, or ""."""
+        if self.facts.randomness == "seeded":
+            return "the model draws random numbers outside dropout: one client at a time, under a seed per client and step"
+        if self.facts.couples:
+            return "BatchNorm couples the samples of a batch, so batches cannot be padded: one client at a time"
+        return ""
+
+    def held_out(self, split: str) -> Clients:
+        """The clients' own data of a split, in the order of the training clients (size 0: none held out)."""
+        part = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}.get(split)
+        if part is None:
+            raise DataError(f"there is no split {split!r} of the clients' data; hold some out (test = 0.2)")
+        return part if part.names == self.train.names else Aligned(part, self.train.names)
+
+    def loss(self, params: Record, batch: Batch, key: Key) -> Tensor:
+        """Mean loss [] over the samples that are not padding."""
+        if self.facts.couples:
+            batch = {name: t[batch["mask"]] for name, t in batch.items()}
+            if len(batch["mask"]) == 1:
+                raise ModelError(
+                    "BatchNorm cannot train on one sample, and a client's last batch holds one; choose another "
+                    "method.batch_size, or GroupNorm"
+                )
+        counters = {name: self.model.get_buffer(name).clone() for name in self.facts.counters}
+        with RANDOMNESS[self.facts.randomness](key):
+            values = self.program.values(self.model, params | counters, batch)
+        mask = batch["mask"]
+        return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+    def measure(self, params: Record, batch: Batch) -> dict[str, Tensor]:
+        """Sums [] over the samples that are not padding: "count", "loss" and each metric."""
+        with torch.no_grad():
+            batch = self.program.cast(batch)
+            output, target, mask = self.program.output(self.evaluated, params, batch), batch["target"], batch["mask"]
+            values = {"loss": self.program.per_sample(output, target)}
+            values |= {metric.name: metric.values(output, target) for metric in self.metrics}
+            sums = {name: torch.where(mask, value, 0.0).sum() for name, value in values.items()}
+            return {"count": mask.sum().to(torch.float32)} | sums
+
+    def pool(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Sums -> means, finished: {"accuracy": .., "loss": ..}."""
+        count = max(1.0, sums["count"])
+        finish = {metric.name: metric.finish for metric in self.metrics}
+        return {name: finish.get(name, float)(value / count) for name, value in sums.items() if name != "count"}
+
+    def model_with(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the model that holds these tensors, in evaluation mode."""
+        model = copy.deepcopy(self.model).eval()
+        model.load_state_dict({name: t.detach().clone() for name, t in tensors.items()})
+        return model
+
+
+class Aligned:
+    """A split that only some clients have, in the order of all clients."""
+
+    def __init__(self, part: TableClients | LazyClients, names: Sequence[str]) -> None:
+        self.names, self._part = names, part
+        place = {name: i for i, name in enumerate(part.names)}
+        self._place = torch.tensor([place.get(name, -1) for name in names])
+        self.sizes = torch.where(self._place >= 0, part.sizes[self._place.clamp(min=0)], 0)
+
+    def fetch(self, ids: Tensor, index: Tensor, keys: Key | None = None) -> Batch:
+        """Samples `index` [m, b] of clients `ids` [m], which must have some."""
+        return self._part.fetch(self._place[ids], index, keys)
