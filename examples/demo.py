@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import taciturn
-from taciturn.cli import human
-from taciturn.report import summary
+from taciturn.report import human_bytes, summary
 from taciturn.report.read import read_run
 
 METHODS = ("mnist", "mnist-fedadam", "mnist-float16")
@@ -35,7 +34,7 @@ def main() -> None:
 
         def show(line: dict, label: str = LABELS[name]) -> None:
             if line["round"] % 10 == 0 or line["round"] == options.rounds:
-                spent = human(line["bytes_up"] + line["bytes_down"])
+                spent = human_bytes(line["bytes_up"] + line["bytes_down"])
                 accuracy = line["metrics"]["accuracy"]
                 print(f"{label:26} round {line['round']:3}  accuracy {accuracy:.3f}  sent {spent}", flush=True)
 
@@ -47,7 +46,7 @@ def main() -> None:
         rounds, saved = row["rounds_to_target"], row["traffic_saved"]
         table.add_row(
             row["name"], f"{row['final']:.3f}", f"{row['worst_decile']:.3f}", 
-            human(row["bytes_up"]), human(row["bytes_down"]),
+            human_bytes(row["bytes_up"]), human_bytes(row["bytes_down"]),
             "not reached" if rounds is None else f"{rounds:.0f}", "-" if saved is None else f"{saved:.0%}",
         )  # fmt: skip
     Console(width=120).print(table)

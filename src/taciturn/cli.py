@@ -26,7 +26,7 @@ from taciturn.experiment.recipes import RECIPES, check_data, recipe
 from taciturn.experiment.record import read_header
 from taciturn.experiment.runner import Interrupted
 from taciturn.experiment.runner import run as run_experiment
-from taciturn.report import write_report
+from taciturn.report import human_bytes, write_report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(), Console(stderr=True)
@@ -34,15 +34,6 @@ out, err = Console(), Console(stderr=True)
 Source = Annotated[str, typer.Argument(help="a recipe (taciturn ls) or a TOML file")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="path=value, for example method.solver.lr=0.05")]
 Data = Annotated[str, typer.Option("--data", help="folder or file of the recipe's data")]
-
-
-def human(size: float) -> str:
-    """Bytes as people read them (1 kB = 1000 B)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{int(size)} B"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _experiment(source: str, settings: list[str] | None, data: str, **changes: Any) -> Experiment:
@@ -171,7 +162,9 @@ class _progress:
         if self._silent:
             return
         metrics = " ".join(f"{name} {value:.4g}" for name, value in (line["metrics"] or {}).items() if name != "loss")
-        note = f"loss {line['loss']:.4f} {metrics} up {human(line['bytes_up'])} down {human(line['bytes_down'])}"
+        note = (
+            f"loss {line['loss']:.4f} {metrics} up {human_bytes(line['bytes_up'])} down {human_bytes(line['bytes_down'])}"
+        )
         if line["left_out"]:
             note += f" left out {len(line['left_out'])}"
         if self._bar is not None:
@@ -183,7 +176,9 @@ class _progress:
 def _print_summary(summary: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     for name, value in summary.items():
-        shown = human(value) if name.startswith("bytes") else f"{value:.4f}" if isinstance(value, float) else str(value)
+        shown = (
+            human_bytes(value) if name.startswith("bytes") else f"{value:.4f}" if isinstance(value, float) else str(value)
+        )
         table.add_row(name, escape(shown))
     out.print(table)
 

@@ -60,4 +60,4 @@ class Layout:
         """[.., d] -> named tensors that share its memory."""
         parts = torch.split(vec, list(self.sizes), dim=-1)
         lead = vec.shape[:-1]
-        return {name: part.view(*lead, *shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        return {name: part.view((*lead, *shape)) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}

@@ -43,6 +43,7 @@ class Post:
         self._broadcast, self._layout = broadcast, layout
         self._acks: dict[int, int] = {}  # client -> version of the model it acknowledged
         self._met: dict[str, set[int]] = {}  # what was sent once -> the clients that have it
+        self._schemas: dict[str, Schema] = {}  # by way and id, to introduce them again after a restart
         self._copies: dict[int, State] | None = {} if copies else None
         self._arrived: dict[int, State] = {}
         self.round = 0
@@ -50,14 +51,18 @@ class Post:
     def message(self, way: str, kind: str, ids: Tensor, payload: Payload, riders: Payload | None = None) -> Payload:
         """One message of each client -> what arrives. way: "up" or "down"; riders: numbers counted as "stats".
 
-        A schema that a client has not met goes first, as a message of kind "setup".
+        A schema that a client has not met goes first, as a message of kind "setup" (in an evaluation: "evaluate", so that
+        how often one evaluates changes no other figure).
         """
         riders = riders or {}
         whole = payload | riders
         schema = Schema.of(row(whole, 0))
-        fresh = self._first_time(f"{way}-{schema.id}", ids)
+        stage = "evaluate" if kind == "evaluate" else "setup"
+        name = f"{way}-{stage}-{schema.id}"
+        fresh = self._first_time(name, ids)
         if len(fresh):
-            self.ledger.count(way, "setup", fresh, self.carrier.introduce(schema), FRAME)
+            self._schemas[name] = schema
+            self.ledger.count(way, stage, fresh, self.carrier.introduce(schema), FRAME)
         received, sizes = self.carrier.move(kind, whole, self.round, ids)
         extra = int(nbytes(row(riders, 0)))
         self.ledger.count(way, kind, ids, sizes - extra, FRAME)
@@ -101,14 +106,19 @@ class Post:
         return torch.tensor(fresh, dtype=torch.int64)
 
     def export(self) -> State:
-        """Acknowledged versions, met schemas and copies, as one record."""
+        """Acknowledged versions, schemas, who has met them, and copies, as one record."""
         acks = torch.tensor(sorted(self._acks.items()), dtype=torch.int64).reshape(-1, 2)
         met = {what: torch.tensor(sorted(ids), dtype=torch.int64) for what, ids in self._met.items()}
-        return {"acks": acks, "met": met, "copies": {str(i): held for i, held in (self._copies or {}).items()}}
+        schemas = {name: torch.tensor(list(schema.text), dtype=torch.uint8) for name, schema in self._schemas.items()}
+        copies = {str(i): held for i, held in (self._copies or {}).items()}
+        return {"acks": acks, "met": met, "schemas": schemas, "copies": copies}
 
     def restore(self, state: State) -> None:
         """The inverse of `export`."""
         self._acks = {int(i): int(v) for i, v in state["acks"].tolist()}
         self._met = {what: set(ids.tolist()) for what, ids in state.get("met", {}).items()}
+        for name, text in state.get("schemas", {}).items():
+            self._schemas[name] = Schema.parse(bytes(text.tolist()))
+            self.carrier.introduce(self._schemas[name])
         if self._copies is not None:
             self._copies = {int(i): held for i, held in state.get("copies", {}).items()}

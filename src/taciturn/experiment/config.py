@@ -204,9 +204,11 @@ def set_path(table: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
             raise ConfigError(f"{path}: {'.'.join(walked)} is {node!r}, not a table")
         for name in _route(node, wanted, walked, last):
             walked.append(name)
-            if last and walked[-1] == wanted:
+            if last and name == wanted:
                 node[name] = value
                 break
+            if name in PARTS and isinstance(node[name], str):
+                node[name] = {"name": node[name]}
             node = node[name]
     return table
 

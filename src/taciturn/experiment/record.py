@@ -123,25 +123,35 @@ def read_header(folder: Path) -> dict[str, Any]:
     """run.json of a folder. Errors: `RunError` if it is missing, broken or of another version."""
     path = folder / "run.json"
     try:
-        header: dict[str, Any] = json.loads(path.read_text())
+        header = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise RunError(f"{folder} is not a run folder: it has no run.json") from error
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}: {error}") from error
-    if header.get("format") != FORMAT:
-        raise RunError(f"{folder} was written in format {header.get('format')}; this version reads format {FORMAT}")
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else None
+        raise RunError(f"{folder} was written in format {found}; this version reads format {FORMAT}")
     return header
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """All complete lines of the record; a torn last line (a crash while writing) is left out."""
+    """The rounds of the record; none if it is missing. A torn last line (a crash while writing) is left out, and where a
+    resumed run repeats rounds, the later lines count. Errors: `RunError` for a broken line before the last.
+    """
     path = folder / "record.jsonl"
-    if not path.exists():
-        return []
-    lines = []
-    for raw in path.read_bytes().split(b"\n")[:-1]:
+    raw = path.read_bytes().split(b"\n") if path.exists() else []
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(raw, start=1):
+        if not text.strip():
+            continue
         try:
-            lines.append(json.loads(raw))
-        except ValueError:
-            break
+            line = json.loads(text)
+            round = int(line["round"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(raw):  # no newline after it
+                break
+            raise RunError(f"{path}: line {number} is not a round: {error}") from error
+        while lines and lines[-1]["round"] >= round:
+            lines.pop()
+        lines.append(line)
     return lines

@@ -2,6 +2,6 @@
 
 from taciturn.report.page import write_report
 from taciturn.report.read import read_run
-from taciturn.report.tables import summary
+from taciturn.report.tables import human_bytes, summary
 
-__all__ = ["read_run", "summary", "write_report"]
+__all__ = ["human_bytes", "read_run", "summary", "write_report"]

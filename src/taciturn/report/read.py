@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from taciturn.core.errors import RunError
+from taciturn.experiment.record import read_header, read_lines
 
-FORMAT = 1
 GOALS = ("max", "min")
 NEEDED = ("round", "bytes_up", "bytes_down")
 
@@ -89,8 +89,8 @@ def read_run(path: str | Path) -> Run:
     that is no run folder, that another format wrote, that has no finished round, or with a line that cannot be read.
     """
     folder = Path(path)
-    header = _read_header(folder)
-    rounds = _read_record(folder / "record.jsonl")
+    header = _check_header(read_header(folder), folder / "run.json")
+    rounds = _check_lines(read_lines(folder), folder / "record.jsonl")
     metric, config = header["metric"], folder / "config.toml"
     return Run(
         path=folder,
@@ -115,13 +115,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_header(folder: Path) -> dict[str, Any]:
-    file = folder / "run.json"
-    if not file.is_file():
-        raise RunError(f"{folder}: not a run folder: it has no run.json")
-    header = _read_json(file)
-    if header.get("format") != FORMAT:
-        raise RunError(f"{folder}: written by format {header.get('format')}, this reads {FORMAT}")
+def _check_header(header: dict[str, Any], file: Path) -> dict[str, Any]:
     for key, kind in (("name", str), ("seed", int), ("metric", Mapping)):
         if not isinstance(header.get(key), kind):
             raise RunError(f"{file}: {key!r} is {header.get(key)!r}, expected a {kind.__name__.lower()}")
@@ -130,35 +124,11 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _read_record(file: Path) -> list[dict[str, Any]]:
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except FileNotFoundError as error:
-        raise RunError(f"{file.parent}: has no rounds: record.jsonl is missing") from error
-    except OSError as error:
-        raise RunError(f"{file}: cannot be read: {error}") from error
-    while lines and not lines[-1].strip():
-        lines.pop()
-    rounds: list[dict[str, Any]] = []
-    for index, text in enumerate(lines):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            if index == len(lines) - 1:
-                break  # torn: the process was killed while it wrote this line
-            raise RunError(f"{file}: line {index + 1} is not JSON: {error}") from error
-        _check_line(line, f"{file}: line {index + 1}")
-        while rounds and rounds[-1]["round"] >= line["round"]:
-            rounds.pop()  # a resumed run went back to its checkpoint
-        rounds.append(line)
-    if not rounds:
-        raise RunError(f"{file.parent}: has no rounds: record.jsonl holds no finished round")
-    return rounds
-
-
-def _check_line(line: object, where: str) -> None:
-    if not isinstance(line, dict):
-        raise RunError(f"{where} holds a {type(line).__name__}, expected an object")
-    for key in NEEDED:
-        if number(line.get(key)) is None:
-            raise RunError(f"{where}: {key!r} is {line.get(key)!r}, expected a number")
+def _check_lines(lines: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    if not lines:
+        raise RunError(f"{file.parent}: has no rounds: record.jsonl is missing or holds no finished round")
+    for line in lines:
+        for key in NEEDED:
+            if number(line.get(key)) is None:
+                raise RunError(f"{file}: in round {line.get('round')!r}, {key!r} is {line.get(key)!r}, expected a number")
+    return lines

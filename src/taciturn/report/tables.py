@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from taciturn.core.errors import RunError
+from taciturn.experiment.result import worst_decile as worst_tenth
 from taciturn.report.read import Run, number
 
 # Values of a configuration that seeds of one method may differ in; a "seed" may differ wherever it stands.
@@ -117,9 +118,8 @@ def clients_of(run: Run) -> list[tuple[str, float]]:
 
 
 def worst_decile(run: Run) -> float | None:
-    """Mean of the metric over the worst max(1, ceil(n / 10)) of n clients, last per-client evaluation; None if none."""
-    values = sorted((value for _, value in clients_of(run)), reverse=run.goal == "min")
-    return statistics.fmean(values[: max(1, -(-len(values) // 10))]) if values else None
+    """Mean of the metric over the worst tenth of clients in the last per-client evaluation; None if there is none."""
+    return worst_tenth([value for _, value in clients_of(run)], run.goal)
 
 
 def left_out(run: Run) -> int:

@@ -21,6 +21,9 @@ class constant:
 
     warmup: int = 0
 
+    def __post_init__(self) -> None:
+        require(self.warmup >= 0, f"constant: warmup at least 0 rounds; got {self.warmup}")
+
     def __call__(self, round: int) -> float:
         """Round -> factor."""
         return min(1.0, (round + 1) / self.warmup) if self.warmup else 1.0
@@ -41,6 +44,7 @@ class cosine:
     def __post_init__(self) -> None:
         require(self.rounds >= 1, f"cosine: rounds at least 1; got {self.rounds}")
         require(0 <= self.floor <= 1, f"cosine: floor in [0, 1]; got {self.floor}")
+        require(self.warmup >= 0, f"cosine: warmup at least 0 rounds; got {self.warmup}")
 
     def __call__(self, round: int) -> float:
         """Round -> factor."""

@@ -40,6 +40,7 @@ KINDS = ("schema", "setup", "model", "update", "monitor", "evaluate")
 _HEADER = struct.Struct("<2sBBIIIIII")
 FRAME = _HEADER.size
 _LARGEST = 1 << 40  # bytes of a body; a larger claim is an attack or an error
+_DIMENSIONS = 64  # of a tensor; the product of more could take the reader minutes
 _DTYPES = {
     str(t).removeprefix("torch."): t
     for t in (
@@ -86,9 +87,9 @@ class Schema:
         except (ValueError, TypeError, RecursionError) as error:
             raise WireError(f"not a schema: {error}") from error
         for name, dtype, shape in fields:
-            good = isinstance(name, str) and isinstance(dtype, str) and dtype in _DTYPES
+            good = isinstance(name, str) and isinstance(dtype, str) and dtype in _DTYPES and len(shape) <= _DIMENSIONS
             if not good or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _LARGEST for n in shape):
-                raise WireError(f"not a schema: field {(name, dtype, shape)!r}")
+                raise WireError(f"not a schema: field {(name, dtype, shape)!r:.200}")
         schema = cls(fields)
         if len({name for name, _, _ in fields}) != len(fields):
             raise WireError("not a schema: a name stands twice")
