@@ -191,7 +191,7 @@ def refuse(*_, **__):
 
 
 BREAKS = {
-    "write": (module, "open", lambda *a: FullDisk(open(*a))),
+    "write": (module, "open", lambda path, mode: FullDisk(path.open(mode))),
     "fsync": (module.os, "fsync", refuse),
     "replace": (module.os, "replace", refuse),
 }

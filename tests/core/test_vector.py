@@ -31,9 +31,8 @@ def test_views_cut_the_vector_in_order(shapes, lead):
     views = layout.views(vec)
     assert tuple(views) == layout.names
     assert [tuple(view.shape) for view in views.values()] == [lead + shape for shape in shapes]
-    joined = torch.cat(
-        [vec.new_zeros(*lead, 0), *(view.reshape(*lead, n) for view, n in zip(views.values(), layout.sizes))], -1
-    )
+    parts = [view.reshape(*lead, n) for view, n in zip(views.values(), layout.sizes, strict=True)]
+    joined = torch.cat([vec.new_zeros(*lead, 0), *parts], -1)
     assert torch.equal(joined, vec)
 
 

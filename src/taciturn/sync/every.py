@@ -21,7 +21,8 @@ from taciturn.core.vector import Vector
 class every:
     """Synchronise after a fixed number of local epochs or steps: the rule of FedAvg.
 
-    epochs: passes over the client's own data; steps: local steps instead, the same for all.
+    epochs: passes over the client's own data; steps: where given, that many local steps instead, the
+    same for all.
     pace "own": each client does its own epochs and waits; "longest": all do as many steps as the longest of the cohort,
     small clients going through their data again (FDA-Opt's convention). Silent: one exchange a round.
     Source: McMahan et al. 2017, Algorithm 1 (E epochs).
@@ -35,7 +36,6 @@ class every:
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs: at least 1; got {self.epochs}")
         require(self.steps is None or self.steps >= 1, f"steps: at least 1; got {self.steps}")
-        require(self.steps is None or self.epochs == 1, f"give epochs or steps, not both; got {self}")
 
     def init(self) -> State:
         """No state."""
