@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import re
 
 import pytest
 
-import taciturn
+import taciturn  # noqa: F401  (imports the rooms, so that an exception outside of core would show)
 from taciturn.core import errors
 from taciturn.core.errors import ConfigError, TaciturnError, UnknownName, require, unknown
 
@@ -38,15 +37,11 @@ def real() -> dict[str, tuple[str, ...]]:
 
 
 def test_the_drawn_tree_is_the_real_tree():
-    assert taciturn.__name__ == "taciturn"  # every room is imported, so that errors outside this file would show
     assert drawn() == real() and len(real()) > 8
     assert all(getattr(errors, name).__doc__ for name in real())
 
 
 def test_users_can_catch_plain_python_errors():
-    for bases in drawn().values():
-        for base in bases:
-            assert hasattr(errors, base) or issubclass(getattr(builtins, base), Exception)
     with pytest.raises(ValueError):
         raise UnknownName
     with pytest.raises(RuntimeError):
