@@ -81,7 +81,7 @@ def main() -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         jobs = [(setting, rounds, TUNING_SEED, True) for group in settings.values() for setting in group]
         tuned = iter(list(pool.map(_run, jobs)))
-        best = {name: max(((_score(next(tuned)), i) for i in range(len(group))))[1] for name, group in settings.items()}
+        best = {name: max((_score(next(tuned)), i) for i in range(len(group)))[1] for name, group in settings.items()}
         chosen = {name: group[best[name]] for name, group in settings.items()}
         chosen |= {name: chosen["FedAvg"] | {"dtype": dtype} for name, dtype in NARROW.items()}
         jobs = [(setting, rounds, seed, False) for setting in chosen.values() for seed in range(seeds)]

@@ -182,7 +182,8 @@ def test_no_parameter_no_module_no_target():
 def test_lists_and_dicts_of_datasets():
     x, y = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
     parts = [TensorDataset(x[a:b], y[a:b]) for a, b in ((0, 4), (4, 19), (19, 30))]
-    by_list, by_name = Task(Net, parts).build(0), Task(Net, dict(zip("abc", parts, strict=True)), test=parts[0]).build(0)
+    by_list = Task(Net, parts, hold_out=0.0).build(0)
+    by_name = Task(Net, dict(zip("abc", parts, strict=True)), test=parts[0]).build(0)
     assert by_list.train.names == ("client-0", "client-1", "client-2") and by_name.train.names == ("a", "b", "c")
     assert by_name.data.central.sizes.tolist() == [4]
     method = METHOD.replace(participation=participation.all())
@@ -191,6 +192,16 @@ def test_lists_and_dicts_of_datasets():
     assert torch.allclose(one.x, two.x, rtol=1e-4, atol=1e-6)
     with pytest.raises(DataError, match="'empty'"):
         Task(Net, {"a": parts[0], "empty": TensorDataset(x[:0], y[:0])}).build(0)
+
+
+def test_without_a_test_set_clients_hold_some_out():
+    parts = [[(torch.full((6,), float(10 * c + i)), i % 3) for i in range(10)] for c in range(3)] + [[(torch.zeros(6), 0)]]
+    task = Task(Net, parts, validation=0.1).build(0)
+    assert task.train.sizes.tolist() == [7, 7, 7, 1] and task.held_out("validation").sizes.tolist() == [1, 1, 1, 0]
+    assert task.held_out("test").sizes.tolist() == [2, 2, 2, 0]
+    seen = [task.held_out(split).fetch(torch.tensor([1]), torch.arange(n).unsqueeze(0))["input"][0, :, 0].tolist()
+            for split, n in (("train", 7), ("validation", 1), ("test", 2))]  # fmt: skip
+    assert sorted(value for values in seen for value in values) == [10.0 + i for i in range(10)], "every sample once"
 
 
 def test_augmenting_datasets_see_the_same_draws_on_every_engine():
