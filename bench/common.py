@@ -48,11 +48,14 @@ def commit() -> str:
         return "unknown"
 
 
+COMMIT = commit()  # when the benchmark starts: the tree may move on while it runs
+
+
 def finish(name: str, figures: dict[str, Any], quick: bool) -> None:
     """Keep a full run's figures in bench/results, and print the JSON line."""
     if not quick:
         RESULTS.mkdir(exist_ok=True)
-        facts = {"command": f"python -m bench.{name}", "date": datetime.now(UTC).date().isoformat(), "commit": commit()}
+        facts = {"command": f"python -m bench.{name}", "date": datetime.now(UTC).date().isoformat(), "commit": COMMIT}
         text = json.dumps(facts | {"machine": machine()} | figures, indent=1)
         (RESULTS / f"{name}.json").write_text(text + "\n")
     sys.stdout.flush()

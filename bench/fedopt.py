@@ -48,9 +48,7 @@ def _experiment(setting: dict[str, Any], rounds: int, seed: int, validate: bool)
     task = taciturn.TaskSpec(data, base.task.model)
     every, on = (rounds // 4, "validation") if validate else (0, "test")
     method = base.method.replace(solver=solver, **parts)
-    return base.replace(
-        task=task, method=method, rounds=rounds, seed=seed, evaluate_on=on, evaluate_clients_every=every
-    )
+    return base.replace(task=task, method=method, rounds=rounds, seed=seed, evaluate_on=on, evaluate_clients_every=every)
 
 
 def _run(job: tuple[dict[str, Any], int, int, bool]) -> dict[str, Any]:

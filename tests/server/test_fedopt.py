@@ -196,7 +196,7 @@ def test_yogi_is_a_torch_optimizer():
         optimizer.zero_grad()
         loss = used.square().sum()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     assert optimizer.step(closure) == 2.0
     assert (used < 1).all() and torch.equal(unused, torch.ones(2)) and unused not in optimizer.state

@@ -75,7 +75,8 @@ def test_a_closed_round_does_not_move():
     expected = {
         "up": 10 + 20 + 2 * 28 + 2 * 8, "down": 0, "monitor": 0, "exchanges": 0,
         "by_kind": {
-            "up/update": {"payload": 30, "frame": 56, "messages": 2}, "up/stats": {"payload": 16, "frame": 0, "messages": 0},
+            "up/update": {"payload": 30, "frame": 56, "messages": 2},
+            "up/stats": {"payload": 16, "frame": 0, "messages": 0},
         },
         "clients": {"ids": [0, 2], "up": [56, 46], "down": [0, 0], "monitor": [0, 0]},
     }  # fmt: skip

@@ -60,15 +60,17 @@ def fashion(path: str) -> Experiment:
 def turbofan(path: str) -> Experiment:
     """Remaining life of jet engines (NASA C-MAPSS FD001): 100 engines, each a client."""
     task = TaskSpec(data.turbofan(path=path or NEEDS_DATA), temporal())
-    method = Method(participation=participation.uniform(count=20), solver=solvers.sgd(lr=0.02, clip=5.0), batch_size=32)
-    return Experiment(task, method.replace(server=server.adam(lr=0.003)), rounds=40, name="turbofan")
+    solver = solvers.sgd(lr=0.05, momentum=0.9, clip=1.0)
+    method = Method(participation=participation.uniform(count=20), solver=solver, batch_size=32)
+    return Experiment(task, method, rounds=40, name="turbofan")
 
 
 def activity(path: str) -> Experiment:
     """Activities from a phone at the waist (UCI HAPT): 30 people, each a client, with a head of their own."""
     task = TaskSpec(data.activity(path=path or NEEDS_DATA), temporal())
     method = Method(partition=layers(personal="head"), participation=participation.uniform(count=10))
-    return Experiment(task, method.replace(solver=solvers.sgd(lr=0.05, clip=5.0)), rounds=40, name="activity")
+    method = method.replace(solver=solvers.sgd(lr=0.05, clip=5.0))
+    return Experiment(task, method, rounds=40, name="activity", evaluate_every=5)
 
 
 def heart(path: str) -> Experiment:
