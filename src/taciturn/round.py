@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from taciturn.core.errors import AllClientsFailed
+from taciturn.core.errors import AllClientsFailed, require
 from taciturn.core.random import Key, fold
 from taciturn.core.state import State
 from taciturn.core.types import OK, STATUS, Cast, Engine, Plan
@@ -50,6 +50,7 @@ def start(x0: Vector, method: Method) -> ServerState:
 
 def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method) -> tuple[Plan, int]:
     """Who does how much and counts how much: sizes [M] samples -> (plan, steps between two observations)."""
+    require(len(ids) > 0, "method.participation drew no client; at least one must take part")
     epoch_steps = (sizes + method.batch_size - 1) // method.batch_size
     limit, stride = method.sync.schedule(epoch_steps)
     return Plan(round, ids, limit, method.aggregator.weigh(sizes), method.solver.schedule(round)), stride

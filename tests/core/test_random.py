@@ -20,8 +20,13 @@ from taciturn.core import random
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
+STREAM = 0xD1B54A32D192ED03
 SEEDS = st.integers(-(2**63), 2**64 - 1)
 quick = settings(max_examples=50, deadline=None)
+
+
+def signed(pattern: int) -> int:
+    return pattern - (1 << 64) if pattern >> 63 else pattern
 
 
 def mix(z: int) -> int:
@@ -71,7 +76,7 @@ def test_the_reference_is_splitmix64():
     """Published first outputs of the generator (its authors' C code, seeds 1234567 and 0)."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
     assert splitmix(1234567, 5) == published
-    assert unsigned(random.bits(torch.tensor(1234567), 5)) == published
+    assert unsigned(random.bits(torch.tensor(1234567) ^ signed(STREAM), 5)) == published
     assert unsigned(random.key(0)) == splitmix(0, 1) == [0xE220A8397B1DCDAF]
 
 
@@ -81,13 +86,14 @@ def test_key_fold_and_bits_are_the_reference(seed, parts, n):
     key = random.fold(random.key(seed), *parts)
     expected = folded(mix((seed + GOLDEN) & MASK), *parts)
     assert unsigned(key) == [expected]
-    assert unsigned(random.bits(key, n)) == splitmix(expected, n)
+    assert unsigned(random.bits(key, n)) == splitmix(expected ^ STREAM, n)
+    assert unsigned(random.bits(key, 1)) != unsigned(random.fold(key, 0).reshape(1)), "draws are not children"
 
 
 @quick
 @given(SEEDS)
 def test_uniform_and_normal_are_the_reference(seed):
-    words = splitmix(unsigned(random.key(seed))[0], 12)
+    words = splitmix(unsigned(random.key(seed))[0] ^ STREAM, 12)
     u = [(word >> 40) / 2**24 for word in words]
     assert random.uniform(random.key(seed), 3, 4).flatten().tolist() == u
     expected = [math.sqrt(-2 * math.log1p(-a)) * math.cos(2 * math.pi * b) for a, b in zip(u[:6], u[6:], strict=True)]
@@ -97,7 +103,7 @@ def test_uniform_and_normal_are_the_reference(seed):
 @quick
 @given(SEEDS, st.integers(0, 20))
 def test_permutation_is_the_order_of_the_words(seed, n):
-    words = [word >> 1 for word in splitmix(unsigned(random.key(seed))[0], n)]
+    words = [word >> 1 for word in splitmix(unsigned(random.key(seed))[0] ^ STREAM, n)]
     assert random.permutation(random.key(seed), n).tolist() == sorted(range(n), key=words.__getitem__)
 
 

@@ -185,7 +185,7 @@ def test_unknown_names(word, near):
 
 
 def test_no_norms_to_keep():
-    with pytest.raises(UnknownName, match="no module or parameter 'norms'"):
+    with pytest.raises(ModelError, match="no normalisation layer"):
         partition.layers(personal="norms").split(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), NONE)
 
 
@@ -231,7 +231,7 @@ def test_helpers_pass_over_frozen_modules():
 
 @pytest.mark.parametrize(
     "part",
-    [partition.full(), partition.layers(personal="enc"), partition.layers(shared="enc")],
+    [partition.full(), partition.layers(personal=("enc", "dec.weight")), partition.layers(shared=("enc", "dec.weight"))],
     ids=["full", "mine", "ours"],
 )
 def test_tied_weights_are_one_parameter(part):
@@ -261,6 +261,12 @@ def test_tied_and_scalar_parameters_train_alike_on_all_engines(model):
     torch.testing.assert_close(ends["stacked"], ends["sequential"], rtol=1e-5, atol=1e-6)
     x0 = partition.full().split(task.model, task.tracked).x0
     assert (ends["sequential"] != x0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("side", [{"personal": "head"}, {"personal": "enc"}, {"shared": "dec"}])
+def test_a_tied_weight_cannot_be_shared_and_personal(side):
+    with pytest.raises(ModelError, match=r"enc\.weight and dec\.weight are one tensor"):
+        partition.layers(**side).split(Tied(), NONE)
 
 
 def test_running_statistics_are_refused_with_the_remedy():

@@ -26,6 +26,7 @@ def _signed(value: int) -> int:
 
 
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
+_STREAM = _signed(0xD1B54A32D192ED03)  # keeps the draws of a key apart from its children
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
@@ -58,7 +59,7 @@ def fold(key: Key, *parts: int | str | Tensor) -> Key:
     for part in parts:
         if isinstance(part, str):
             part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "big", signed=True)
-        part = _signed(part * _GOLDEN) if isinstance(part, int) else part * _GOLDEN
+        part = _signed(part * _GOLDEN) if isinstance(part, int) else part.to(torch.int64) * _GOLDEN
         key = _mix((key ^ part) + _GOLDEN)
     return key
 
@@ -66,7 +67,7 @@ def fold(key: Key, *parts: int | str | Tensor) -> Key:
 def bits(key: Key, n: int) -> Tensor:
     """n words of 64 random bits for each key: [..] -> [.., n] int64."""
     counter = torch.arange(1, n + 1, dtype=torch.int64, device=key.device) * _GOLDEN
-    return _mix(key.unsqueeze(-1) + counter)
+    return _mix((key ^ _STREAM).unsqueeze(-1) + counter)
 
 
 def uniform(key: Key, *shape: int) -> Tensor:

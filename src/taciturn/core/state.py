@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -95,7 +96,7 @@ def equal(a: Any, b: Any) -> bool:
 
 def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part of it."""
-    temporary = path.with_name(path.name + ".part")
+    temporary, kept = path.with_name(path.name + ".part"), "what was there before is kept"
     try:
         with open(temporary, "wb") as file:
             for part in parts:
@@ -103,15 +104,26 @@ def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        kept = "it is written, but may not survive a power cut"
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; {kept}") from error
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
+
+
+def _checksum(flat: dict[str, Tensor]) -> int:
+    """CRC-32 of names and bits, in the order of the names."""
+    total = 0
+    for name in sorted(flat):
+        raw = flat[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        total = zlib.crc32(raw.data, zlib.crc32(name.encode(), total))
+    return total
 
 
 def save_state(path: Path, state: State, meta: dict[str, Any]) -> None:
@@ -120,14 +132,19 @@ def save_state(path: Path, state: State, meta: dict[str, Any]) -> None:
     Errors: `RunError` when the disk is full or the folder cannot be written; the former file is kept.
     """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in flatten(state).items()}
-    write_atomic(path, [save(tensors, metadata={"taciturn": json.dumps(meta)})])
+    facts = {"taciturn": json.dumps(meta), "crc32": str(_checksum(tensors))}
+    write_atomic(path, [save(tensors, metadata=facts)])
 
 
 def load_state(path: Path) -> tuple[State, dict[str, Any]]:
-    """Read what `save_state` wrote. Errors: `RunError` if the file is missing or not such a file."""
+    """Read what `save_state` wrote. Errors: `RunError` if the file is missing, not such a file, or changed since."""
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["taciturn"])
-            return unflatten({name: file.get_tensor(name) for name in file.keys()}), meta  # noqa: SIM118
+            facts = file.metadata() or {}
+            meta, checksum = json.loads(facts["taciturn"]), int(facts["crc32"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise RunError(f"cannot read {path}: {error}") from error
+    if _checksum(tensors) != checksum:
+        raise RunError(f"cannot read {path}: its checksum does not fit; the file was changed or damaged")
+    return unflatten(tensors), meta

@@ -80,11 +80,16 @@ class LocalEngine:
             ids = plan.ids[where]
             held = self.post.model("model", ids, cast)
             live = torch.ones(len(ids), dtype=torch.bool)
-            self._groups.append(_Group(where, ids, held["x"].expand(len(ids), -1), held, live))
+            self._groups.append(_Group(where, ids, self._start(held, len(ids)), held, live))
         if sync and not self.method.sync.silent:
             rows = {name: value.expand(len(plan.ids), *value.shape) for name, value in sync.items()}
             self.post.message("down", "monitor", plan.ids, rows)
         self.post.ledger.exchange()
+
+    def _start(self, held: State, m: int) -> Tensor:
+        """The model that m clients hold, in the precision they train in: [m, d], one memory."""
+        x: Tensor = held["x"].to(self.work.split.x0.dtype)
+        return x.expand(m, -1)
 
     def advance(self, steps: int) -> Observations:
         """Local steps; with a silent rule they are only noted, and run block by block in `collect`."""
@@ -203,7 +208,7 @@ class LocalEngine:
 
         sizes, longest = data.sizes[ids], int(data.sizes[ids].max())
         total: dict[str, Tensor] = {}
-        x = held["x"].expand(len(ids), -1)
+        x = self._start(held, len(ids))
         for place in torch.split(torch.arange(longest), CHUNK):
             index = torch.minimum(place.expand(len(ids), -1), sizes.unsqueeze(1) - 1)
             batch = data.fetch(ids, index) | {"mask": (place < sizes.unsqueeze(1)).to(x.device)}

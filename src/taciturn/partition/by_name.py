@@ -97,6 +97,7 @@ class layers:
             return any(name == n or name.startswith(n + ".") for n in names) != invert
 
         _refuse_tracked(tracked, is_personal)
+        _refuse_torn(model, is_personal)
         split = _cut(model, tracked, is_personal)
         if split.layout.d == 0 or split.personal.d == 0:
             side = "shared" if split.layout.d == 0 else "personal"
@@ -104,22 +105,42 @@ class layers:
         return split
 
 
+def _owner(parameter: str) -> str:
+    """The module that holds a parameter; the parameter itself if that is the whole model."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+def _refuse_torn(model: nn.Module, is_personal: Callable[[str], bool]) -> None:
+    """One tensor under a shared and a personal name cannot be both."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for group in names.values():
+        if len({is_personal(name) for name in group}) > 1:
+            raise ModelError(
+                f"{' and '.join(group)} are one tensor (tied weights), and this partition shares one name and keeps the "
+                "other personal; name both, or untie them"
+            )
+
+
 def _expand(model: nn.Module, wanted: Iterable[str]) -> set[str]:
     """Helpers and patterns -> names of modules and parameters."""
     modules = dict(model.named_modules())
-    leaves = [n for n, m in modules.items() if any(p.requires_grad for p in m.parameters(recurse=False))]
-    known = {name for name in modules if name} | {name for name, _ in model.named_parameters()}
+    trainable = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    known = {name for name in modules if name} | {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names: set[str] = set()
     for word in wanted:
         found: set[str] = set()
         if word in known:
             found = {word}
         elif word == "head":
-            found = {leaves[-1]}
+            found = {_owner(name) for name in trainable[-1:]}
         elif word == "stem":
-            found = {leaves[0]}
+            found = {_owner(name) for name in trainable[:1]}
         elif word == "norms":
             found = {name for name, module in modules.items() if isinstance(module, NORMS)}
+            if not found:
+                raise ModelError("method.partition: the model has no normalisation layer to keep personal")
         else:
             found = set(fnmatch.filter(known, word))
         if not found:

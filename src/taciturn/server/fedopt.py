@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +35,25 @@ def _torch_step(
     return parameter.detach(), kept
 
 
+def _check(part: Any) -> None:
+    """Errors: `ConfigError` for step sizes, betas or eps that make no sense."""
+    name = type(part).__name__
+    require(part.lr > 0, f"{name}: lr above 0; got {part.lr}")
+    betas = getattr(part, "betas", (0.0, 0.0))
+    require(all(0 <= beta < 1 for beta in betas), f"{name}: betas in [0, 1); got {betas}")
+    require(getattr(part, "eps", 1.0) > 0, f"{name}: eps above 0; got {getattr(part, 'eps', None)}")
+    decay = getattr(part, "weight_decay", 0.0)
+    require(decay >= 0, f"{name}: weight_decay at least 0; got {decay}")
+
+
 @dataclass(frozen=True, slots=True)
 class sgd:
     """FedAvg at lr = 1: x <- x + lr update. Stateless."""
 
     lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def init(self, x: Vector) -> State:
         """No state."""
@@ -58,6 +73,7 @@ class momentum:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
+        _check(self)
         require(0 < self.momentum < 1, f"momentum: in (0, 1); got {self.momentum}")
 
     def init(self, x: Vector) -> State:
@@ -79,6 +95,9 @@ class adam:
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-3
 
+    def __post_init__(self) -> None:
+        _check(self)
+
     def init(self, x: Vector) -> State:
         """torch makes the moments at the first step."""
         return {}
@@ -96,6 +115,9 @@ class adamw:
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-3
     weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def init(self, x: Vector) -> State:
         """torch makes the moments at the first step."""
@@ -115,6 +137,9 @@ class adagrad:
     lr: float = 0.01
     eps: float = 1e-3
 
+    def __post_init__(self) -> None:
+        _check(self)
+
     def init(self, x: Vector) -> State:
         """torch makes the sum when the optimizer is built."""
         return {}
@@ -131,6 +156,9 @@ class yogi:
     lr: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def init(self, x: Vector) -> State:
         """The moments are made at the first step."""

@@ -59,7 +59,7 @@ def nbytes(payload: Payload) -> Tensor:
 
 @dataclass(frozen=True)
 class Schema:
-    """Names, dtypes and shapes of a payload, in order.
+    """Names, dtypes and shapes of a payload, in the order of the names.
 
     >>> Schema.of({"values": torch.zeros(3)}).text
     b'[["values","float32",[3]]]'
@@ -71,7 +71,7 @@ class Schema:
     def of(cls, payload: Payload) -> Schema:
         """The schema of a payload. Errors: `WireError` for a dtype that the format does not know."""
         fields = []
-        for name, tensor in payload.items():
+        for name, tensor in sorted(payload.items()):
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in _DTYPES:
                 raise WireError(f"payload {name!r} has dtype {dtype}; the format carries {', '.join(_DTYPES)}")
@@ -138,7 +138,7 @@ def _seal(frame: Frame, schema_id: int, body: bytes) -> bytes:
 def pack(frame: Frame) -> bytes:
     """A message as bytes: FRAME + nbytes(payload) of them."""
     parts = []
-    for tensor in frame.payload.values():
+    for _, tensor in sorted(frame.payload.items()):
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         parts.append(raw.numpy().tobytes())
     return _seal(frame, Schema.of(frame.payload).id, b"".join(parts))
