@@ -8,6 +8,7 @@ adds it with `torch.vmap`, so such code uses only operations that vmap, never `.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -283,6 +284,23 @@ class Task(Protocol):
 
     def held_out(self, split: str) -> Clients:
         """The clients' own data of a split: "train", "validation" or "test"."""
+        ...
+
+    @property
+    def plain(self) -> bool:
+        """True if the model is called as model(batch["input"]), so that an engine may trace it."""
+        ...
+
+    def cast(self, batch: Batch) -> Batch:
+        """The batch with its floats in the run's precision."""
+        ...
+
+    def values(self, output: Any, target: Tensor) -> Tensor:
+        """Loss of each sample [n]."""
+        ...
+
+    def randomness(self, key: Key) -> AbstractContextManager[None]:
+        """What a training step runs under: key [], or [m] for the samples of m clients, one client after the other."""
         ...
 
     def loss(self, params: dict[str, Tensor], batch: Batch, key: Key) -> Tensor:

@@ -33,6 +33,7 @@ from taciturn.core.types import (
     Plan,
     Record,
 )
+from taciturn.engines.fused import Fused
 from taciturn.engines.post import Post
 from taciturn.engines.store import ClientStore
 from taciturn.method import Method
@@ -58,13 +59,23 @@ class LocalEngine:
     """Runs cohorts block after block, and keeps what clients own between rounds."""
 
     def __init__(
-        self, work: Work, method: Method, key: Key, post: Post, *, lift: Lift, block: int, lose: Lose | None = None
+        self,
+        work: Work,
+        method: Method,
+        key: Key,
+        post: Post,
+        *,
+        lift: Lift,
+        block: int,
+        fused: Fused | None = None,
+        lose: Lose | None = None,
     ) -> None:
         self.work, self.method, self.post, self.block = work, method, post, block
         self.store = ClientStore(work.newcomer())
         self._receivers = ClientStore(work.codec.init(work.split.layout)[1])
         self._key, self._lift, self._lose = random.fold(key, "client"), lift, lose or (lambda round, client: False)
         self._batch = min(method.batch_size, int(work.task.train.sizes.max()))
+        self._fused = fused if method.sync.silent else None  # a rule that watches needs step after step
         self._groups: list[_Group] = []
         self._pending: list[tuple[Tensor, State, State]] = []
 
@@ -76,7 +87,8 @@ class LocalEngine:
         self._owed = 0  # steps that a silent rule has asked for; they run when the block is collected
         self._groups, self._pending, self.post.round = [], [], plan.round
         self.post.enrol(plan.ids, self.work.task.train.sizes[plan.ids])
-        for where in torch.split(torch.arange(len(plan.ids)), self.block):
+        order = torch.argsort(plan.limit, descending=True, stable=True)  # blocks of equal length, the longest first
+        for where in torch.split(order, self.block):
             ids = plan.ids[where]
             held = self.post.model("model", ids, cast)
             live = torch.ones(len(ids), dtype=torch.bool)
@@ -170,14 +182,22 @@ class LocalEngine:
         if n:
             keys, sizes, first = random.fold(self._key, group.ids), data.sizes[group.ids], own["steps"].cpu() + done
             index, mask = client.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
+
+            def fetch(t: int, k: int) -> tuple[Payload, Tensor]:
+                """Batches and keys of local step t of the first k clients."""
+                step_keys = random.fold(keys[:k], first[:k] + t)
+                batch = data.fetch(group.ids[:k], index[:k, t], step_keys)
+                return batch | {"mask": mask[:k, t].to(device)}, step_keys.to(device)
+
+            if self._fused is not None:
+                group.local = self._fused.train(group.start, own, todo.tolist(), fetch, self._plan.lr_scale)
+                return group.local
             lr_scale = torch.tensor(self._plan.lr_scale, dtype=group.start.dtype, device=device)
             step = self._lift(lambda r, s, k: client.step(work, group.held, r, s, k, lr_scale))
             step_if = self._lift(lambda a, r, s, k: client.step_if(a, work, group.held, r, s, k, lr_scale))
             for t in range(n):
-                step_keys = random.fold(keys, first + t)
-                batch = data.fetch(group.ids, index[:, t], step_keys) | {"mask": mask[:, t].to(device)}
                 active = t < todo
-                arguments = (local, batch, step_keys.to(device))
+                arguments = (local, *fetch(t, len(todo)))
                 local = step(*arguments) if bool(active.all()) else step_if(active.to(device), *arguments)
         group.local = local
         return local

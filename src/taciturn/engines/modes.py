@@ -2,8 +2,8 @@
 
 sequential  one client after another, no client axis: the plain reading of client.py.
 loopback    sequential, and each message is packed to bytes, unpacked, and nothing else reaches the other side.
-stacked     a block of clients at once through `torch.vmap`; falls back to one at a time, and says why, for models that
-            vmap cannot batch.
+stacked     a block of clients at once: layer by layer with updates inside the backward pass (fused.py) where all
+            layers are known, else through `torch.vmap`, else one at a time; the record says which and why.
 Laws: sequential = loopback in every bit and byte; stacked = sequential to rounding, and in every byte and draw.
 """
 
@@ -22,13 +22,16 @@ from taciturn.core.errors import require, unknown
 from taciturn.core.random import Key
 from taciturn.core.state import row, stack, tree_map
 from taciturn.core.types import Payload
+from taciturn.engines.fused import Fused
+from taciturn.engines.fused import build as fused_or_reason
 from taciturn.engines.local import LocalEngine
 from taciturn.engines.post import Post
 from taciturn.method import Method
 from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
 
 ENGINES = ("auto", "loopback", "sequential", "stacked")
-VMAP, SINGLE = "vmap", "one client at a time"
+VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
+FUSED_VALUES = 2_000_000  # the same where gradients are not stored
 BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block: small blocks keep the weights in cache
 
 
@@ -106,6 +109,7 @@ class Path:
     path: str
     block: int
     why: str
+    fused: Fused | None = field(default=None, repr=False, compare=False)
 
 
 def choose(name: str, work: Work, block: int | None) -> Path:
@@ -118,8 +122,13 @@ def choose(name: str, work: Work, block: int | None) -> Path:
     reason = work.task.sequential_only or _probe(work)
     if reason:
         return Path("sequential", SINGLE, 1, reason)
-    size = block or max(1, min(64, BLOCK_VALUES // max(1, work.split.layout.d + work.split.personal.d)))
-    return Path("stacked", VMAP, size, f"blocks of {size}: " + ("asked for" if block else "by the size of the model"))
+    fused = fused_or_reason(work)
+    values, way = (FUSED_VALUES, LAYERS) if isinstance(fused, Fused) else (BLOCK_VALUES, VMAP)
+    size = block or max(1, min(64, values // max(1, work.split.layout.d + work.split.personal.d)))
+    why = f"blocks of {size}, " + ("asked for" if block else "by the size of the model")
+    if isinstance(fused, str):
+        why += f"; not layer by layer: {fused}"
+    return Path("stacked", way, size, why, fused if isinstance(fused, Fused) else None)
 
 
 def _probe(work: Work) -> str:
@@ -146,5 +155,5 @@ def build(
     path = choose(name, work, block)
     wired = path.name == "loopback"
     post = Post(Wired() if wired else Direct(), method.broadcast, work.split.layout, copies=wired)
-    lift = many if path.path == VMAP else one
-    return LocalEngine(work, method, key, post, lift=lift, block=path.block, **faults), path
+    lift = one if path.path == SINGLE else many
+    return LocalEngine(work, method, key, post, lift=lift, block=path.block, fused=path.fused, **faults), path

@@ -29,6 +29,11 @@ RANDOMNESS: dict[str, Callable[[Key], AbstractContextManager[None]]] = {
 }
 
 
+def apply_to_input(model: Callable[..., Any], batch: Batch) -> Any:
+    """The default forward: model(batch["input"])."""
+    return model(batch["input"])
+
+
 @dataclass(frozen=True)
 class Program:
     """How parameters and a batch become values: the user's forward and loss, in the run's precision."""
@@ -36,6 +41,11 @@ class Program:
     forward: Forward
     per_sample: Callable[[Any, Any], Tensor]
     dtype: torch.dtype
+
+    @property
+    def plain(self) -> bool:
+        """True if the model is called as model(batch["input"])."""
+        return self.forward is apply_to_input
 
     def cast(self, batch: Batch) -> Batch:
         """The batch with its floats in the run's precision."""
@@ -154,10 +164,27 @@ class BuiltTask:
                     "method.batch_size, or GroupNorm"
                 )
         counters = {name: self.model.get_buffer(name).clone() for name in self.facts.counters}
-        with RANDOMNESS[self.facts.randomness](key):
+        with self.randomness(key):
             values = self.program.values(self.model, params | counters, batch)
         mask = batch["mask"]
         return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+    def randomness(self, key: Key) -> AbstractContextManager[None]:
+        """What a training step of the model runs under: key [], or [m] for the samples of m clients in a row."""
+        return RANDOMNESS[self.facts.randomness](key)
+
+    @property
+    def plain(self) -> bool:
+        """True if the model is called as model(batch["input"])."""
+        return self.program.plain
+
+    def values(self, output: Any, target: Tensor) -> Tensor:
+        """Loss of each sample [n]."""
+        return self.program.per_sample(output, target)
+
+    def cast(self, batch: Batch) -> Batch:
+        """The batch with its floats in the run's precision."""
+        return self.program.cast(batch)
 
     def measure(self, params: Record, batch: Batch) -> dict[str, Tensor]:
         """Sums [] over the samples that are not padding: "count", "loss" and each metric."""

@@ -30,9 +30,14 @@ class _Stream:
         self.key, self.calls = key, 0
 
     def keep(self, shape: torch.Size, p: float, like: Tensor) -> Tensor:
-        """Mask of this call: 1 / (1 - p) with probability 1 - p, else 0."""
+        """Mask of this call: 1 / (1 - p) with probability 1 - p, else 0.
+
+        With keys [m], the first axis holds the samples of m clients, one client after the other.
+        """
         self.calls += 1
-        draw = random.uniform(random.fold(self.key, "dropout", self.calls), *shape)
+        key = random.fold(self.key, "dropout", self.calls)
+        clients = key.numel()
+        draw = random.uniform(key, shape[0] // clients, *shape[1:]).reshape(shape)
         return (draw >= p).to(like.dtype) / (1.0 - p) if p < 1 else torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def dropout(self, x: Tensor, p: float, train: bool) -> Tensor:

@@ -16,15 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from taciturn.core.errors import ModelError
-from taciturn.core.types import Batch
-from taciturn.tasks.built import BuiltTask, Forward, Program, examine
+from taciturn.tasks.built import BuiltTask, Forward, Program, apply_to_input, examine
 from taciturn.tasks.data.clients import Federation, LazyClients, Samples, hold_out
 from taciturn.tasks.metrics import Metric, accuracy, mae, per_sample, rmse
-
-
-def apply_to_input(model: Callable[..., Any], batch: Batch) -> Any:
-    """The default forward: model(batch["input"])."""
-    return model(batch["input"])
 
 
 @dataclass(frozen=True)

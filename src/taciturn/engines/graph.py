@@ -1,0 +1,99 @@
+"""A user's model as a list of nodes, for a block of clients.
+
+The model is traced by torch.fx. Modules with weights become stacked layers; everything else runs as it is on the flat
+batch [m b, ..]. That is right for models that treat samples one by one, and it is not believed but checked: before a run,
+two local steps of two clients are compared with the plain path (fused.py).
+
+Refused, with the reason: models that fx cannot trace, weights outside known layers, modules that are called twice, tied
+or frozen weights, hooks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from taciturn.engines.layers import Layer, Step, call, layer_of
+
+
+class Refusal(Exception):
+    """Why a model cannot be stacked layer by layer."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The traced model: `layers` by module name; run(step, x) gives the output on the flat batch."""
+
+    module: fx.GraphModule
+    layers: dict[str, tuple[Callable[[Tensor], Tensor] | None, Layer]]
+
+    def run(self, step: Step, x: Tensor) -> Any:
+        """[m b, ..] -> the model's output, with each client's own weights."""
+        return _Interpreter(self.module, self.layers, step).run(x)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, layers: dict[str, Any], step: Step) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self._layers, self._step = layers, step
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target not in self._layers:
+            return self.submodules[target](*args, **kwargs)
+        before, layer = self._layers[target]
+        return call(layer, self._step, args[0] if before is None else before(args[0]))
+
+
+class _Tracer(fx.Tracer):
+    """Stops at torch's own modules, as fx does, but not at containers."""
+
+
+def trace(model: nn.Module, trainable: frozenset[str]) -> Graph:
+    """The graph of a model whose trainable parameters have these names. Errors: `Refusal`."""
+    _refuse_odd_weights(model, trainable)
+    try:
+        graph = _Tracer().trace(model)
+        module = fx.GraphModule(model, graph)
+    except Exception as error:
+        raise Refusal(f"torch.fx cannot trace it: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    layers, seen = {}, set()
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+        raise Refusal("it takes more than one input")
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in trainable:
+            raise Refusal(f"{node.target} is used outside a known layer")
+        if node.op != "call_module":
+            continue
+        part = model.get_submodule(node.target)
+        names = {f"{node.target}.{name}" for name, _ in part.named_parameters()}
+        if not names:
+            continue
+        found = layer_of(part, node.target)
+        if found is None or len(node.args) != 1 or node.kwargs:
+            raise Refusal(f"{node.target} is a {type(part).__name__}, which is not a known layer")
+        if calls[node.target] > 1:
+            raise Refusal(f"{node.target} is called {calls[node.target]} times")
+        layers[node.target] = found
+        seen |= names
+    if seen != trainable:
+        raise Refusal(f"{', '.join(sorted(trainable ^ seen)[:3])} is trained in no known layer")
+    return Graph(module, layers)
+
+
+def _refuse_odd_weights(model: nn.Module, trainable: frozenset[str]) -> None:
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    if any(count > 1 for count in names.values()):
+        raise Refusal("it has tied weights")
+    frozen = {name for name, _ in model.named_parameters()} - trainable
+    if frozen:
+        raise Refusal(f"{min(frozen)} is frozen")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise Refusal(f"{name or 'the model'} has hooks")
+        if hasattr(module, "parametrizations"):
+            raise Refusal(f"{name or 'the model'} is parametrized")

@@ -1,0 +1,234 @@
+"""Layers that hold the weights of m clients and update them inside the backward pass.
+
+Activations of a block are flat: [m b, ..], the samples of one client after the other, so that everything without weights
+runs as in the user's model. A layer with weights cuts that axis into [m, b, ..], computes with its own weights of each
+client, and in its backward pass first forms the gradient of its input and then gives each weight's gradient to a `Sink`,
+which may apply it at once: no gradient is stored.
+
+Symbols: m clients (k of them still training); b samples of each; W [m, o, i]; x [m b, i]; g [m b, o] gradient of the
+output. In the first local step of a round all clients hold the same weights: `shared` layers use them as one big batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]  # name -> [m, *shape], or [*shape] where all clients hold the same
+
+
+class Sink(Protocol):
+    """Takes the gradients of one backward pass."""
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """The gradient is left [m, o, n] @ right [m, n, i]; the weight is any shape of m x (o i) values."""
+        ...
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """The gradient is [m, *shape]."""
+        ...
+
+
+@dataclass
+class Step:
+    """One local step of a block: weights, where gradients go, and how the clients share the flat batch axis."""
+
+    weights: Weights
+    sink: Sink
+    m: int
+    shared: bool
+
+    def apart(self, x: Tensor) -> Tensor:
+        """[m b, ..] -> [m, b, ..]."""
+        return x.reshape(self.m, -1, *x.shape[1:])
+
+
+class _Layer(torch.autograd.Function):
+    """forward(x) and backward(x, g) of a layer; `anchor` makes the output require a gradient where x does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: Layer, step: Step) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.step = layer, step
+        return layer.forward(step, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.layer.backward(ctx.step, x, gradients[0].contiguous(), ctx.needs_input_grad[0]), None, None, None
+
+
+class Layer(Protocol):
+    """A module with weights, for a block of clients."""
+
+    def forward(self, step: Step, x: Tensor) -> Tensor:
+        """[m b, ..] -> [m b, ..]."""
+        ...
+
+    def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
+        """Gradient of x if it is needed; the weights' gradients go to the sink."""
+        ...
+
+
+def call(layer: Layer, step: Step, x: Tensor) -> Tensor:
+    """The layer as a node of autograd."""
+    anchor = torch.empty(0, requires_grad=True, device=x.device)
+    output: Tensor = _Layer.apply(x, anchor, layer, step)  # type: ignore[no-untyped-call]
+    return output
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W' + c for inputs [m b, .., i]. Source of the update: dW = g' x, dc = sum of g."""
+
+    weight: str
+    bias: str | None
+
+    def forward(self, step: Step, x: Tensor) -> Tensor:
+        """One product for all clients where they share W, else one a client (`baddbmm`)."""
+        w, c = step.weights[self.weight], step.weights.get(self.bias or "")
+        if step.shared:
+            return F.linear(x, w, c)
+        rows = step.apart(x).flatten(1, -2)
+        y = torch.bmm(rows, w.mT) if c is None else torch.baddbmm(c.unsqueeze(1), rows, w.mT)
+        return y.reshape(*x.shape[:-1], w.shape[-2])
+
+    def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
+        """dx = g W, then the weights."""
+        w = step.weights[self.weight]
+        rows, grads = step.apart(x).flatten(1, -2), step.apart(g).flatten(1, -2)
+        dx = None
+        if needs_x:
+            dx = g @ w if step.shared else torch.bmm(grads, w).reshape(x.shape)
+        step.sink.product(self.weight, grads.mT, rows)
+        if self.bias is not None:
+            step.sink.add(self.bias, grads.sum(1))
+        return dx
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Convolution in one or two dimensions; client by client where the weights differ."""
+
+    weight: str
+    bias: str | None
+    options: tuple[Any, ...]  # stride, padding, dilation, transposed, output_padding, groups of aten::convolution
+
+    def forward(self, step: Step, x: Tensor) -> Tensor:
+        """One convolution for all clients where they share the weights."""
+        w, c = step.weights[self.weight], step.weights.get(self.bias or "")
+        if step.shared:
+            return torch.convolution(x, w, c, *self.options)
+        parts = step.apart(x).unbind(0)
+        biases = [None] * step.m if c is None else c.unbind(0)
+        return torch.cat([torch.convolution(p, k, e, *self.options) for p, k, e in zip(parts, w, biases, strict=True)])
+
+    def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
+        """dx as one convolution where the weights are shared; dW client by client."""
+        w = step.weights[self.weight]
+        clients = list(zip(step.apart(g), step.apart(x), w.expand(step.m, *w.shape) if step.shared else w, strict=True))
+        dx = None
+        if needs_x and step.shared:
+            dx = self._backward(g, x, w, (True, False, False))[0]
+        elif needs_x:
+            dx = torch.cat([self._backward(*one, (True, False, False))[0] for one in clients])
+        step.sink.add(self.weight, torch.stack([self._backward(*one, (False, True, False))[1] for one in clients]))
+        if self.bias is not None:
+            step.sink.add(self.bias, step.apart(g).flatten(3).sum((1, 3)))
+        return dx
+
+    def _backward(self, g: Tensor, x: Tensor, w: Tensor, mask: tuple[bool, bool, bool]) -> Any:
+        return torch.ops.aten.convolution_backward(g, x, w, None, *self.options, mask)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm over the last axes, GroupNorm over groups of channels: y = xhat W + c, xhat without weights."""
+
+    weight: str
+    bias: str | None
+    channels: bool  # GroupNorm: the weight belongs to axis 1, else to the last axes
+
+    def forward(self, step: Step, x: Tensor) -> Tensor:
+        """x is normalised already (by autograd); here weight and bias."""
+        y = step.apart(x) * self._wide(step, self.weight, x)
+        if self.bias is not None:
+            y = y + self._wide(step, self.bias, x)
+        return y.reshape(x.shape)
+
+    def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
+        """dx = g W; dW = sum of g x over samples and the axes that the weight does not have."""
+        dx = (step.apart(g) * self._wide(step, self.weight, x)).reshape(x.shape) if needs_x else None
+        step.sink.add(self.weight, self._narrow(step, g * x))
+        if self.bias is not None:
+            step.sink.add(self.bias, self._narrow(step, g))
+        return dx
+
+    def _wide(self, step: Step, name: str, x: Tensor) -> Tensor:
+        """The weight with axes that broadcast over [m, b, ..]."""
+        w = step.weights[name]
+        w = w.unsqueeze(0) if step.shared else w
+        if self.channels:
+            return w.reshape(w.shape[0], 1, -1, *(1 for _ in x.shape[2:]))
+        return w.reshape(w.shape[0], *(1 for _ in range(x.dim() - (w.dim() - 1))), *w.shape[1:])
+
+    def _narrow(self, step: Step, value: Tensor) -> Tensor:
+        """Sum [m b, ..] over everything but clients and the weight's own axes."""
+        shape = step.weights[self.weight].shape[0 if step.shared else 1 :]
+        parts = step.apart(value)
+        if self.channels:
+            return parts.flatten(3).sum((1, 3)) if parts.dim() > 3 else parts.sum(1)
+        return parts.reshape(step.m, -1, *shape).sum(1)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Rows of W [vocabulary, width] by index [m b, ..]; dW adds g up by index."""
+
+    weight: str
+    padding: int | None
+
+    def forward(self, step: Step, x: Tensor) -> Tensor:
+        """Look up each client's own table."""
+        w = step.weights[self.weight]
+        if step.shared:
+            return F.embedding(x, w)
+        rows = step.apart(x).flatten(1)
+        picked = w.gather(1, rows.unsqueeze(-1).expand(-1, -1, w.shape[-1]))
+        return picked.reshape(*x.shape, w.shape[-1])
+
+    def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
+        """The gradient of the table; indices have none."""
+        w = step.weights[self.weight]
+        rows, grads = step.apart(x).flatten(1), step.apart(g).reshape(step.m, -1, g.shape[-1])
+        if self.padding is not None:
+            grads = grads * (rows != self.padding).unsqueeze(-1)
+        table = g.new_zeros(step.m, *w.shape[-2:])
+        table.scatter_add_(1, rows.unsqueeze(-1).expand_as(grads), grads)
+        step.sink.add(self.weight, table)
+        return None
+
+
+def layer_of(module: nn.Module, name: str) -> tuple[Callable[[Tensor], Tensor] | None, Layer] | None:
+    """(what autograd does before, the layer) for a module whose weights can be stacked; None for others."""
+    prefix = f"{name}." if name else ""
+    bias = f"{prefix}bias" if getattr(module, "bias", None) is not None else None
+    weight = f"{prefix}weight"
+    if type(module) is nn.Linear:
+        return None, Linear(weight, bias)
+    if type(module) in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        n = module.weight.dim() - 2
+        options = (module.stride, module.padding, module.dilation, False, (0,) * n, module.groups)
+        return None, Conv(weight, bias, options)
+    if type(module) is nn.LayerNorm and module.elementwise_affine:
+        return (lambda x: F.layer_norm(x, module.normalized_shape, None, None, module.eps)), Norm(weight, bias, False)
+    if type(module) is nn.GroupNorm and module.affine:
+        return (lambda x: F.group_norm(x, module.num_groups, None, None, module.eps)), Norm(weight, bias, True)
+    if type(module) is nn.Embedding and module.max_norm is None and not module.sparse and not module.scale_grad_by_freq:
+        return None, Embedding(weight, module.padding_idx)
+    return None
