@@ -1,10 +1,10 @@
 """Local training of a block of clients, layer by layer: the fast path of the stacked engine.
 
-The same mathematics as client.py, in place: the weights of m clients are the rows of one matrix Y [m, d + p], gradients
-are applied (plain SGD and FedProx) or gathered (other solvers) inside the backward pass. Nothing is believed: `build`
+The same mathematics as client.py: the weights of m clients lie side by side, layer by layer [m, *shape]; gradients are
+applied (plain SGD and FedProx) or gathered (other solvers) inside the backward pass. Nothing is believed: `build`
 compares two steps of two clients with client.py and refuses if they differ.
 
-Symbols: Y [m, d]; V [m, p]; x [d] the model all clients start from; k clients still training, the first k of the block
+Symbols: x [d] the model all clients start from; k clients still training, the first k of the block
 (blocks are sorted by length); lr, mu, of the affine step y <- y - lr (g + mu (y - x)).
 """
 
@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as adamw_kernel
 
 from taciturn import client
 from taciturn.client import Work
 from taciturn.core.state import State, tree_map
-from taciturn.core.types import Batch
+from taciturn.core.types import Batch, Solver
+from taciturn.core.vector import Layout
 from taciturn.engines.graph import Graph, Refusal, trace
 from taciturn.engines.layers import Step, Weights
+from taciturn.solvers import adamw
 
 Fetch = Callable[[int, int], tuple[Batch, Tensor]]  # step, k -> batches [k, b, ..] with mask, keys [k]
 
@@ -43,7 +46,7 @@ class _Apply:
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """W <- (1 - lr mu) W + lr mu x - lr left @ right."""
         w = self.own[name]
-        flat = w.flatten(2) if w.dim() > 2 else w.unsqueeze(-1)
+        flat = w.flatten(2)
         if self.first:  # y = x: the pull is zero
             x = self.base[name].reshape(flat.shape[1:]).expand_as(flat)
             torch.baddbmm(x, left, right, alpha=-self.lr, out=flat)
@@ -72,18 +75,26 @@ class _Apply:
 
 @dataclass
 class _Gather:
-    """Gradients side by side in one buffer, for solvers that need them whole."""
+    """Gradients by name, for solvers that need them whole."""
 
-    into: Weights
+    found: Weights
 
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """gradient = left @ right."""
-        g = self.into[name]
-        torch.bmm(left, right, out=g.flatten(2) if g.dim() > 2 else g.unsqueeze(-1))
+        self.found[name] = torch.bmm(left, right)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """gradient = gradient."""
-        self.into[name].copy_(gradient.reshape(self.into[name].shape))
+        self.found[name] = gradient
+
+
+def _joined(weights: Weights, layout: Layout, like: Tensor) -> Tensor:
+    """Named [k, ..] -> [k, d]; `like` where the layout is empty."""
+    if not layout.names:
+        return like
+    return torch.cat(
+        [weights[name].flatten(1) if weights[name].dim() > 1 else weights[name].unsqueeze(1) for name in layout.names], 1
+    )
 
 
 class Fused:
@@ -104,7 +115,7 @@ class Fused:
 
     def _must_touch_all(self) -> None:
         """Every layer must reach the output: the first step writes each weight in its backward pass."""
-        reached, todo = set(), [node for node in self.graph.module.graph.nodes if node.op == "output"]
+        reached, todo = set(), [node for node in self.graph.nodes if node.op == "output"]
         while todo:
             for node in todo.pop().all_input_nodes:
                 if node not in reached:
@@ -135,31 +146,34 @@ class Fused:
         """y <- y - lr (g + mu (y - x)), inside the backward pass. Where nothing is personal, the clients share the
         weights of the first step, and it writes y instead of changing it.
         """
-        base, alike = self.work.split.layout.views(start[0]), not self.work.split.personal.d
-        y, v = (torch.empty(start.shape, dtype=start.dtype) if alike else start.clone()), record["v"].clone()
+        split, m = self.work.split, len(todo)
+        base, alike = split.layout.views(start[0]), not split.personal.d
+        own: Weights = {name: x.new_empty(m, *x.shape) for name, x in base.items()}  # a batch of products wants W dense
+        own |= {
+            name: w.clone(memory_format=torch.contiguous_format) for name, w in split.personal.views(record["v"]).items()
+        }
+        if not alike:
+            for name, x in base.items():
+                own[name].copy_(x)
         for t in range(todo[0]):
             k, first = sum(steps > t for steps in todo), alike and t == 0
-            mine = self._views(y[:k], v[:k])
+            mine = {name: w[:k] for name, w in own.items()}
             step = Step(base if first else mine, _Apply(mine, base, lr, mu, first), k, first)
             losses[:k] += self._backward(step, *fetch(t, k))
-        return record | {"y": y, "v": v}
+        return record | {"y": _joined(own, split.layout, record["y"]), "v": _joined(own, split.personal, record["v"])}
 
     def _general(self, record: State, todo: list[int], fetch: Fetch, lr_scale: float, losses: Tensor) -> State:
         """Any solver that asks for one gradient a step, at (y, v): the gradient is gathered, then the solver steps."""
-        solver, scale = self.work.solver, losses.new_tensor(lr_scale)
-
-        def advance(one: State, loss: Tensor, g_y: Tensor, g_v: Tensor) -> State:
-            return solver.step(one, {}, lambda y, v, batch: (loss, g_y, g_v), scale)[0]
-
-        record = tree_map(lambda tensor: tensor.contiguous(), record)
-        g_y, g_v = torch.empty_like(record["y"]), torch.empty_like(record["v"])
+        split, update = self.work.split, stepper(self.work.solver, losses.new_tensor(lr_scale))
+        record = tree_map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format), record)
         for t in range(todo[0]):
             k = sum(steps > t for steps in todo)
             live: State = tree_map(lambda tensor, k=k: tensor[:k], record)
-            step = Step(self._views(live["y"], live["v"]), _Gather(self._views(g_y[:k], g_v[:k])), k, False)
-            loss = self._backward(step, *fetch(t, k))
-            moved = torch.vmap(advance)(live, loss, g_y[:k], g_v[:k])
-            record = tree_map(lambda new, old, k=k: torch.cat([new, old[k:]]) if k < len(old) else new, moved, record)
+            weights, gradients = split.layout.views(live["y"]) | split.personal.views(live["v"]), _Gather({})
+            loss = self._backward(Step(weights, gradients, k, False), *fetch(t, k))
+            g_y = _joined(gradients.found, split.layout, live["y"])
+            g_v = _joined(gradients.found, split.personal, live["v"])
+            update(live, loss, g_y, g_v, t)
             losses[:k] += loss
         return record
 
@@ -174,8 +188,32 @@ class Fused:
             torch.autograd.backward(losses.sum())
         return losses.detach()
 
-    def _views(self, y: Tensor, v: Tensor) -> Weights:
-        return {**self.work.split.layout.views(y), **self.work.split.personal.views(v)}
+
+def stepper(solver: Solver, lr_scale: Tensor) -> Callable[[State, Tensor, Tensor, Tensor, int], None]:
+    """(record [k, ..], losses [k], g_y [k, d], g_v [k, p], t) -> nothing: one step of the solver, in place.
+
+    AdamW is one pass of torch's fused kernel; every other solver is its own text under `torch.vmap`.
+    """
+
+    def advance(one: State, loss: Tensor, g_y: Tensor, g_v: Tensor) -> State:
+        return solver.step(one, {}, lambda y, v, batch: (loss, g_y, g_v), lr_scale)[0]
+
+    def general(live: State, losses: Tensor, g_y: Tensor, g_v: Tensor, t: int) -> None:
+        moved = torch.vmap(advance)(live, losses, g_y, g_v)
+        tree_map(lambda old, new: old.copy_(new), live, moved)
+
+    def kernel(live: State, losses: Tensor, g_y: Tensor, g_v: Tensor, t: int) -> None:
+        names = [name for name in "yv" if live[name].numel()]
+        b1, b2 = solver.betas  # type: ignore[attr-defined]
+        adamw_kernel(
+            [live[name] for name in names], [{"y": g_y, "v": g_v}[name] for name in names],
+            [live[f"m_{name}"] for name in names], [live[f"s_{name}"] for name in names], [],
+            [torch.tensor(float(t)) for _ in names], fused=True, amsgrad=False, beta1=b1, beta2=b2,
+            lr=solver.lr * float(lr_scale), weight_decay=solver.weight_decay, eps=solver.eps, maximize=False,  # type: ignore[attr-defined]
+        )  # fmt: skip
+        live["t"].add_(1)
+
+    return kernel if isinstance(solver, adamw) and solver.clip is None else general
 
 
 def build(work: Work, tolerance: float = 1e-4) -> Fused | str:

@@ -26,38 +26,46 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Graph:
-    """The traced model: `layers` by module name; run(step, x) gives the output on the flat batch."""
+    """The traced model: its nodes in order, its modules, and the stacked `layers` by module name."""
 
-    module: fx.GraphModule
+    nodes: tuple[fx.Node, ...]
+    modules: dict[str, nn.Module]
     layers: dict[str, tuple[Callable[[Tensor], Tensor] | None, Layer]]
 
     def run(self, step: Step, x: Tensor) -> Any:
         """[m b, ..] -> the model's output, with each client's own weights."""
-        return _Interpreter(self.module, self.layers, step).run(x)
+        values: dict[fx.Node, Any] = {}
+        for node in self.nodes:
+            if node.op == "placeholder":
+                values[node] = x
+                continue
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            if node.op == "output":
+                return args[0]
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            values[node] = self._value(node, step, args, kwargs)
+        raise AssertionError("a graph ends in its output")
 
-
-class _Interpreter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, layers: dict[str, Any], step: Step) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self._layers, self._step = layers, step
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target not in self._layers:
-            return self.submodules[target](*args, **kwargs)
-        before, layer = self._layers[target]
-        return call(layer, self._step, args[0] if before is None else before(args[0]))
-
-
-class _Tracer(fx.Tracer):
-    """Stops at torch's own modules, as fx does, but not at containers."""
+    def _value(self, node: fx.Node, step: Step, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        if node.op == "call_function":
+            return target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            owner, _, name = target.rpartition(".")
+            return getattr(self.modules[owner], name)
+        if target not in self.layers:
+            return self.modules[target](*args, **kwargs)
+        before, layer = self.layers[target]
+        return call(layer, step, args[0] if before is None else before(args[0]))
 
 
 def trace(model: nn.Module, trainable: frozenset[str]) -> Graph:
     """The graph of a model whose trainable parameters have these names. Errors: `Refusal`."""
     _refuse_odd_weights(model, trainable)
     try:
-        graph = _Tracer().trace(model)
-        module = fx.GraphModule(model, graph)
+        graph = fx.Tracer().trace(model)
     except Exception as error:
         raise Refusal(f"torch.fx cannot trace it: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     layers, seen = {}, set()
@@ -82,7 +90,7 @@ def trace(model: nn.Module, trainable: frozenset[str]) -> Graph:
         seen |= names
     if seen != trainable:
         raise Refusal(f"{', '.join(sorted(trainable ^ seen)[:3])} is trained in no known layer")
-    return Graph(module, layers)
+    return Graph(tuple(graph.nodes), dict(model.named_modules()), layers)
 
 
 def _refuse_odd_weights(model: nn.Module, trainable: frozenset[str]) -> None:

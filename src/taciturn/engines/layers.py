@@ -221,8 +221,12 @@ def layer_of(module: nn.Module, name: str) -> tuple[Callable[[Tensor], Tensor] |
     weight = f"{prefix}weight"
     if type(module) is nn.Linear:
         return None, Linear(weight, bias)
-    if type(module) in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        n = module.weight.dim() - 2
+    if (
+        isinstance(module, (nn.Conv1d, nn.Conv2d))
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    ):
+        n = len(module.kernel_size)
         options = (module.stride, module.padding, module.dilation, False, (0,) * n, module.groups)
         return None, Conv(weight, bias, options)
     if type(module) is nn.LayerNorm and module.elementwise_affine:

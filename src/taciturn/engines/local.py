@@ -147,7 +147,9 @@ class LocalEngine:
         rx = self._receivers.read(group.ids)
         updates, rx = self._lift(lambda p, r: self.work.codec.decode(p, r, layout=layout))(payload, rx)
         status = torch.full((len(group.ids),), OK)
-        status[~torch.isfinite(updates).all(1).cpu()] = BAD_UPDATE
+        suspects = (~torch.isfinite(updates.sum(1))).nonzero().squeeze(1)  # a finite sum has finite terms; large ones may
+        if len(suspects):  # still overflow, so that the suspects are looked at value by value
+            status[suspects[~torch.isfinite(updates[suspects]).all(1)].cpu()] = BAD_UPDATE
         status[~torch.isfinite(stats["loss"])] = BAD_LOSS
         for place, i in enumerate(group.ids.tolist()):
             if self._lose(self._plan.round, i):
@@ -155,7 +157,8 @@ class LocalEngine:
             else:
                 self.post.acknowledge(i, self._cast)
         good = (status == OK).to(updates.device)
-        updates = torch.where(good.unsqueeze(1), updates, 0.0)
+        if not good.all():
+            updates = torch.where(good.unsqueeze(1), updates, 0.0)
         weights = torch.where(good, self._plan.weights[group.where].to(updates.device), 0.0)
         self._pending.append((group.ids, kept, rx))
         return Block(group.ids, group.start, updates, weights, layout, stats, status)

@@ -25,13 +25,14 @@ from taciturn.core.types import Payload
 from taciturn.engines.fused import Fused
 from taciturn.engines.fused import build as fused_or_reason
 from taciturn.engines.local import LocalEngine
+from taciturn.engines.memory import keep_freed_memory
 from taciturn.engines.post import Post
 from taciturn.method import Method
 from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
 
 ENGINES = ("auto", "loopback", "sequential", "stacked")
 VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
-FUSED_VALUES = 2_000_000  # the same where gradients are not stored
+FUSED_VALUES, MOST_VALUES = 2_000_000, 64_000_000  # the same where gradients are not stored; and what is too much
 BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block: small blocks keep the weights in cache
 
 
@@ -123,8 +124,11 @@ def choose(name: str, work: Work, block: int | None) -> Path:
     if reason:
         return Path("sequential", SINGLE, 1, reason)
     fused = fused_or_reason(work)
-    values, way = (FUSED_VALUES, LAYERS) if isinstance(fused, Fused) else (BLOCK_VALUES, VMAP)
-    size = block or max(1, min(64, values // max(1, work.split.layout.d + work.split.personal.d)))
+    d = max(1, work.split.layout.d + work.split.personal.d)
+    size, way = max(1, min(64, BLOCK_VALUES // d)), VMAP
+    if isinstance(fused, Fused):  # small blocks stay in cache, but the shared first step wants some clients
+        size, way = max(1, min(64, max(FUSED_VALUES // d, min(16, MOST_VALUES // d)))), LAYERS
+    size = block or size
     why = f"blocks of {size}, " + ("asked for" if block else "by the size of the model")
     if isinstance(fused, str):
         why += f"; not layer by layer: {fused}"
@@ -153,6 +157,7 @@ def build(
 ) -> tuple[LocalEngine, Path]:
     """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible."""
     path = choose(name, work, block)
+    keep_freed_memory()
     wired = path.name == "loopback"
     post = Post(Wired() if wired else Direct(), method.broadcast, work.split.layout, copies=wired)
     lift = one if path.path == SINGLE else many
