@@ -1,8 +1,8 @@
 """The law of the engines: one text, three places; same bits, same bytes, same draws.
 
-sequential = loopback in every bit of model and client state and in every byte; stacked = sequential within 1e-5
-(norm-relative) after five rounds, and in every byte, for every solver, partition, codec and broadcast, on clients of
-unlike sizes.
+sequential = loopback in every bit of model and client state and in every byte; stacked, layer by layer and by vmap,
+= sequential within 1e-5 (norm-relative) after five rounds, and in every byte, for every solver, partition, codec and
+broadcast, on clients of unlike sizes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import Net, make_task
+from conftest import Net, make_federation, make_task
 from drive import drive
-from taciturn import aggregation, codecs, participation, partition, server, solvers, sync
+from taciturn import Task, aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.state import equal
 from taciturn.method import Method
@@ -55,19 +55,27 @@ def shared_task():
     return make_task(lambda: Net(dropout=0.2))
 
 
+@pytest.fixture(scope="module")
+def vmap_task():
+    """The same task, called by a forward of its own: the stacked engine takes torch.vmap."""
+    return Task(lambda: Net(dropout=0.2), make_federation(), forward=lambda model, batch: model(batch["input"])).build(0)
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_three_engines_agree(name, shared_task):
+def test_engines_agree(name, shared_task, vmap_task):
     method = BASE.replace(**METHODS[name])
     x, engine, stats, traffic = drive(shared_task, method, "sequential")
     x_wire, wire, _, wire_traffic = drive(shared_task, method, "loopback")
     assert torch.equal(x.x, x_wire.x), "loopback changed the model"
     assert equal(engine.store.export(), wire.store.export()), "loopback changed client state"
     assert traffic == wire_traffic and engine.post.ledger.totals == wire.post.ledger.totals
-    x_stacked, _, stacked_stats, stacked_traffic = drive(shared_task, method, "stacked", block=3)
-    assert float((x.x - x_stacked.x).norm() / x.x.norm()) <= 1e-5
-    assert traffic == stacked_traffic
-    for one, many in zip(stats, stacked_stats, strict=True):
-        assert torch.equal(one.ids, many.ids) and torch.equal(one.steps, many.steps)
+    for task, layers in ((shared_task, True), (vmap_task, False)):
+        x_stacked, stacked, stacked_stats, stacked_traffic = drive(task, method, "stacked", block=3)
+        assert (stacked._fused is not None) is layers, "each way of the stacked engine is looked at"
+        assert float((x.x - x_stacked.x).norm() / x.x.norm()) <= 1e-5
+        assert traffic == stacked_traffic
+        for one, many in zip(stats, stacked_stats, strict=True):
+            assert torch.equal(one.ids, many.ids) and torch.equal(one.steps, many.steps)
     assert not torch.equal(x.x, method.partition.split(shared_task.model, shared_task.tracked).x0), "nothing was learnt"
 
 

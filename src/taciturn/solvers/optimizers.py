@@ -7,6 +7,7 @@ every round (stateless clients). One client's record has no client axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,11 @@ def _clip(g_y: Tensor, g_v: Tensor, largest: float | None) -> tuple[Tensor, Tens
     norm = torch.sqrt(g_y.square().sum() + g_v.square().sum())
     factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
     return g_y * factor, g_v * factor
+
+
+def _debias(beta: float, t: Tensor) -> Tensor:
+    """1 - beta^t without the cancellation that costs float32 half its digits: -expm1(t log beta)."""
+    return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
 
 
 def _check(part: Any) -> None:
@@ -132,8 +138,8 @@ class adamw:
             z = local[name]
             m = b1 * local[f"m_{name}"] + (1 - b1) * g
             s = b2 * local[f"s_{name}"] + (1 - b2) * g.square()
-            root = torch.sqrt(s) / torch.sqrt(1 - b2**t) + self.eps
-            new[name] = z * (1 - lr * self.weight_decay) - lr / (1 - b1**t) * m / root
+            root = torch.sqrt(s) / torch.sqrt(_debias(b2, t)) + self.eps
+            new[name] = z * (1 - lr * self.weight_decay) - lr / _debias(b1, t) * m / root
             new[f"m_{name}"], new[f"s_{name}"] = m, s
         return new, loss
 
