@@ -70,6 +70,11 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     if header is not None:  # the path was chosen when the run began
         name, block = header["engine"]["name"], header["engine"]["block"]
     engine, path = build(name, work, method, key, block=block, **faults)
+    if header is not None and path.path != header["engine"]["path"]:
+        raise RunError(
+            f"the run began on the path {header['engine']['path']!r} and this machine takes {path.path!r} ({path.why}); "
+            f"resume it with torch {header['versions']['torch']}, or start anew"
+        )
     run = _Run(experiment, task, work, engine, path, key, start(split.x0, method), [])
     if run.from_clients:
         _evaluated_ids(run)  # an error now is better than one after training

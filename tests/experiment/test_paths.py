@@ -1,0 +1,30 @@
+"""A resumed run keeps to the path it began on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_run import experiment
+
+import taciturn
+from taciturn.core.errors import RunError
+from taciturn.experiment.runner import prepare
+
+
+def test_another_path_is_refused(tmp_path):
+    taciturn.run(experiment(rounds=1), out=tmp_path)
+    header = json.loads((tmp_path / "run.json").read_text())
+    assert header["engine"]["path"] == "layer by layer" and header["engine"]["block"] > 1
+    header["engine"]["path"] = "vmap"
+    (tmp_path / "run.json").write_text(json.dumps(header))
+    with pytest.raises(RunError, match="began on the path 'vmap'"):
+        taciturn.run(experiment(rounds=2), out=tmp_path, resume=True)
+
+
+def test_the_block_is_read_from_the_record(tmp_path):
+    taciturn.run(experiment(rounds=1), out=tmp_path)
+    header = json.loads((tmp_path / "run.json").read_text())
+    header["engine"]["block"] = 3
+    (tmp_path / "run.json").write_text(json.dumps(header))
+    assert prepare(experiment(), header).engine.block == 3
