@@ -204,11 +204,12 @@ def stepper(solver: Solver, lr_scale: Tensor) -> Callable[[State, Tensor, Tensor
 
     def kernel(live: State, losses: Tensor, g_y: Tensor, g_v: Tensor, t: int) -> None:
         names = [name for name in "yv" if live[name].numel()]
+        done = [losses.new_tensor(float(t), dtype=torch.float32) for _ in names]
         b1, b2 = solver.betas  # type: ignore[attr-defined]
         adamw_kernel(
             [live[name] for name in names], [{"y": g_y, "v": g_v}[name] for name in names],
             [live[f"m_{name}"] for name in names], [live[f"s_{name}"] for name in names], [],
-            [torch.tensor(float(t)) for _ in names], fused=True, amsgrad=False, beta1=b1, beta2=b2,
+            done, fused=True, amsgrad=False, beta1=b1, beta2=b2,
             lr=solver.lr * float(lr_scale), weight_decay=solver.weight_decay, eps=solver.eps, maximize=False,  # type: ignore[attr-defined]
         )  # fmt: skip
         live["t"].add_(1)
