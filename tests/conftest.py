@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from taciturn.core import random
@@ -15,6 +17,8 @@ from taciturn.tasks.data.clients import Federation, TableClients
 from taciturn.tasks.task import Task
 
 torch.set_num_threads(1)
+settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("house")
 SIZES = (1, 7, 16, 33, 5, 20, 11, 2)
 
 
