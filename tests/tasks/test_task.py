@@ -170,6 +170,13 @@ def test_losses_of_torch_are_taken_as_they_are():
         assert task.loss(dict(task.model.named_parameters()), mask, random.key(0)).shape == ()
 
 
+def test_the_users_loss_is_not_touched():
+    loss = nn.CrossEntropyLoss()
+    task = Task(Net, make_federation(), loss).build(0)
+    assert loss.reduction == "mean" and loss(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)).shape == ()
+    assert task.values(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)).shape == (4,)
+
+
 def test_no_parameter_no_module_no_target():
     with pytest.raises(ModelError, match=r"give an nn\.Module"):
         Task(lambda: 3, make_federation()).build(0)

@@ -223,6 +223,7 @@ def layer_of(module: nn.Module, name: str) -> tuple[Callable[[Tensor], Tensor] |
         return None, Linear(weight, bias)
     if (
         isinstance(module, (nn.Conv1d, nn.Conv2d))
+        and type(module) in (nn.Conv1d, nn.Conv2d)  # a subclass may do something else
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     ):

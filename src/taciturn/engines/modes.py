@@ -32,8 +32,8 @@ from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema
 
 ENGINES = ("auto", "loopback", "sequential", "stacked")
 VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
-FUSED_VALUES, MOST_VALUES = 2_000_000, 64_000_000  # the same where gradients are not stored; and what is too much
 BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block: small blocks keep the weights in cache
+FUSED_VALUES, MOST_VALUES = 2_000_000, 64_000_000  # layer by layer: the same for small models; the most for large ones
 
 
 def one(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taciturn.core.state import State, leaves, row, stack
+from taciturn.core.state import State, row, stack
 
 
 class ClientStore:
@@ -17,9 +17,6 @@ class ClientStore:
     def __init__(self, newcomer: State) -> None:
         self._newcomer = newcomer
         self._rows: dict[int, State] = {}
-
-    def __contains__(self, client: int) -> bool:
-        return client in self._rows
 
     def read(self, ids: Tensor) -> State:
         """Stacked records [m, ..] of these clients."""
@@ -42,10 +39,6 @@ class ClientStore:
         self._rows = {}
         for place, client in enumerate(state["ids"].tolist() if state else []):
             self._rows[client] = _like(self._newcomer, row(state.get("rows", {}), place))
-
-    def nbytes(self) -> int:
-        """Memory of all rows, in bytes."""
-        return sum(t.numel() * t.element_size() for own in self._rows.values() for t in leaves(own))
 
 
 def _like(pattern: State, found: State) -> State:

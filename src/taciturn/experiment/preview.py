@@ -28,7 +28,8 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     """One round is run on a copy and thrown away: sizes, bytes of that round, memory of a block, seconds.
 
     bytes_up / bytes_down: of the first round without what is sent once a run; bytes_once: schemas and sizes.
-    seconds: of the second of two trial rounds. memory: model, server state and the records of one block, in bytes.
+    seconds: of the second of two trial rounds. memory_bytes: an estimate, four vectors [d] (weights, gradient, message,
+    moments) for the server and for each client of a block, and what a client owns.
     """
     run = prepare(experiment)
     method, sizes, split = experiment.method, run.task.train.sizes, run.work.split
@@ -41,7 +42,8 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
     seconds = time.perf_counter() - began
     up, down, once = (sum(e["payload"] + e["frame"] for k, e in kinds.items() if belongs(k)) for belongs in _SHARES)
-    record = sum(t.numel() * t.element_size() for t in leaves(run.work.newcomer())) + 4 * split.layout.d * 4
+    vectors = 4 * split.x0.numel() * split.x0.element_size()
+    owned = sum(t.numel() * t.element_size() for t in leaves(run.work.newcomer()))
     return {
         "name": experiment.name,
         "clients": len(sizes),
@@ -56,7 +58,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
         "bytes_down": down,
         "bytes_once": once,
         "bytes_all_rounds": once + (up + down) * experiment.rounds,
-        "memory_bytes": record * min(run.path.block, len(ids)) + 4 * split.layout.d * 4,
+        "memory_bytes": vectors + (vectors + owned) * min(run.path.block, len(ids)),
         "seconds_per_round": seconds,
         "seconds_all_rounds": seconds * experiment.rounds,
     }

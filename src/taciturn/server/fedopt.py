@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from taciturn.core.errors import require
-from taciturn.core.state import State
+from taciturn.core.state import State, clone
 from taciturn.core.vector import Vector
 from taciturn.server.yogi import Yogi
 
@@ -28,7 +28,7 @@ def _torch_step(
     parameter = torch.nn.Parameter(x.detach().clone())
     optimizer = make([parameter])
     if state:
-        optimizer.state[parameter] = {name: value.clone() for name, value in state.items()}
+        optimizer.state[parameter] = clone(state)
     parameter.grad = -update.to(x.dtype)
     optimizer.step()
     kept: State = {n: v.detach() for n, v in optimizer.state[parameter].items() if isinstance(v, Tensor)}

@@ -5,6 +5,8 @@ Symbols: output [b, ..] of the model; target [b, ..]; value [b] float.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,15 +32,15 @@ class Metric:
 def per_sample(loss: Callable[..., Tensor]) -> Callable[[Any, Any], Tensor]:
     """A loss of `torch.nn` or `torch.nn.functional`, or one of the user's -> one that gives [b].
 
-    Modules and functions that take `reduction` are called with "none"; trailing axes are averaged.
+    Modules and functions that take `reduction` are called with "none"; trailing axes are averaged. The loss that was given
+    is not touched. Departure: class weights and ignored targets of torch's cross-entropy scale a sample's own value; the
+    mean is still over all samples, where torch divides by the sum of the weights.
     """
     if hasattr(loss, "reduction"):
-        loss.reduction = "none"
-        raw = loss
+        raw = copy.copy(loss)
+        raw.reduction = "none"
     else:
         try:
-            import inspect
-
             takes = "reduction" in inspect.signature(loss).parameters
         except (TypeError, ValueError):
             takes = False

@@ -32,6 +32,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from taciturn.core.broadcast import payload_bytes
 from taciturn.core.errors import WireError
 from taciturn.core.types import Payload
 
@@ -53,8 +54,7 @@ assert sys.byteorder == "little", "taciturn's wire format is written for little-
 
 def nbytes(payload: Payload) -> Tensor:
     """Bytes of the packed body of one payload: [] int64, under `torch.vmap` [m]. Equals len(pack(..)) - FRAME."""
-    total = sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
-    return torch.tensor(total, dtype=torch.int64)
+    return torch.tensor(payload_bytes(payload), dtype=torch.int64)
 
 
 @dataclass(frozen=True)
