@@ -78,13 +78,13 @@ def step_if(active: Tensor, work: Work, held: State, local: State, batch: Batch,
 
 
 def drift(work: Work, local: State) -> Vector:
-    """u = y - start [d], what a sync rule looks at."""
+    """u = y - start [d]: what a sync rule looks at, and what the update is made of."""
     return local["solver"]["y"] - local["start"]  # type: ignore[no-any-return]
 
 
-def collect(work: Work, local: State, own: State, key: Key) -> tuple[Payload, Record, State]:
-    """(encoded update, stats that ride on it, what the client owns once the upload is accepted)."""
-    message, solver = work.solver.message(local["solver"], local["start"])
+def collect(work: Work, local: State, u: Vector, own: State, key: Key) -> tuple[Payload, Record, State]:
+    """(encoded update, stats that ride on it, what the client owns once the upload is accepted), given its drift u."""
+    message, solver = work.solver.message(local["solver"], u)
     payload, tx = work.codec.encode(message, own["tx"], key, layout=work.split.layout, knobs={})
     stats = {"loss": local["loss"] / local["done"].clamp(min=1), "steps": local["done"].to(torch.int32)}
     kept = {

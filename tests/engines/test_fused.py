@@ -44,6 +44,32 @@ class Residual(nn.Module):
         return self.head(h.mean(1))
 
 
+class Causal(nn.Module):
+    """Attention called by hand, with the sequence first and a mask; the weights it also returns are not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, dropout=0.2, bias=False), nn.Linear(6, 3)
+        self.register_buffer("mask", torch.ones(5, 5, dtype=torch.bool).triu(1))
+
+    def forward(self, x):
+        h = x.transpose(0, 1)
+        h, _ = self.attention(h, h, h, attn_mask=self.mask, need_weights=False)
+        return self.head(h.mean(0))
+
+
+class Encoder(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 3, 8, batch_first=True, **options)
+        norm = nn.LayerNorm(6) if options.get("norm_first") else None
+        self.layers = nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.layers(x).mean(1))
+
+
 MODELS = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 3, bias=False)), (6,), False),
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)), (6,), False),
@@ -64,13 +90,17 @@ MODELS = {
     ),
     "group-norm-flat": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(4, 8), nn.Linear(8, 3)), (6,), False),
     "residual": (Residual, (5,), True),
+    "encoder": (lambda: Encoder(dropout=0.2, activation=F.gelu), (5, 6), False),
+    "encoder-norm-first": (lambda: Encoder(norm_first=True, dropout=0.0), (5, 6), False),
+    "attention": (Causal, (5, 6), False),
 }  # fmt: skip
 SOLVERS = {
     "sgd": solvers.sgd(lr=0.1),
     "prox": solvers.prox(mu=0.7, solver=solvers.sgd(lr=0.1)),
     "momentum": solvers.sgd(lr=0.1, momentum=0.9, clip=0.5, weight_decay=0.01),
     "adamw": solvers.adamw(lr=0.01, weight_decay=0.1),
-    "prox-adamw": solvers.prox(mu=0.7, solver=solvers.adamw(lr=0.01)),
+    # the bias of keys has gradient zero but for rounding, which a small eps would blow up
+    "prox-adamw": solvers.prox(mu=0.7, solver=solvers.adamw(lr=0.01, eps=1e-3)),
 }
 
 

@@ -173,9 +173,11 @@ def test_a_step_is_pure_and_keeps_the_shape_of_the_record(solver):
 @each_solver
 def test_the_message_is_the_change_and_rounds_start_afresh(solver):
     local, _ = train(solver)
-    start = normal("start", D)
-    message, state = solver.message(local, start)
-    assert torch.equal(message, local["y"] - start) and state == {} == solver.init(None)
+    u = local["y"] - normal("start", D)
+    if solver.affine() is not None:
+        del local["y"]  # an engine that fuses the steps has none
+    message, state = solver.message(local, u)
+    assert torch.equal(message, u) and state == {} == solver.init(None)
     fresh, _ = solver.step(solver.begin(normal("x", D), normal("v", P), state), batches()[0], oracle, ONE)
     assert equal(fresh, train(solver, steps=1)[0])
 

@@ -163,12 +163,15 @@ class Solver(Protocol):
         """One local step -> the next record, and the loss [] of the batch at the point where the gradient was taken."""
         ...
 
-    def message(self, local: State, start: Vector) -> tuple[Vector, State]:
-        """What the client sends, as a change against `start` [d], and what it keeps."""
+    def message(self, local: State, u: Vector) -> tuple[Vector, State]:
+        """What the client sends, given its drift u = y - start [d], and what it keeps."""
         ...
 
     def affine(self) -> tuple[float, float] | None:
-        """(lr, mu) if a step is y <- y - lr (g + mu (y - x)) and nothing else, so that an engine may fuse it; else None."""
+        """(lr, mu) if a step is y <- y - lr (g + mu (y - x)) and nothing else, so that an engine may fuse it; else None.
+
+        An engine that fuses the steps knows u and keeps no y: `message` must not read local["y"].
+        """
         ...
 
 

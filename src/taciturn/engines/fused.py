@@ -23,7 +23,7 @@ from taciturn.client import Work
 from taciturn.core.state import State, tree_map
 from taciturn.core.types import Batch, Solver
 from taciturn.core.vector import Layout
-from taciturn.engines.graph import Graph, Refusal, trace
+from taciturn.engines.graph import Refusal, rewrite
 from taciturn.engines.layers import Step, Weights
 from taciturn.solvers import adamw
 
@@ -88,13 +88,19 @@ class _Gather:
         self.found[name] = gradient
 
 
-def _joined(weights: Weights, layout: Layout, like: Tensor) -> Tensor:
-    """Named [k, ..] -> [k, d]; `like` where the layout is empty."""
+def _joined(weights: Weights, layout: Layout, like: Tensor, minus: Tensor | None = None) -> Tensor:
+    """Named [k, ..] -> [k, d], less a vector [d]; `like` where the layout is empty."""
     if not layout.names:
         return like
-    return torch.cat(
-        [weights[name].flatten(1) if weights[name].dim() > 1 else weights[name].unsqueeze(1) for name in layout.names], 1
-    )
+    rows = [weights[name].reshape(len(like), -1) for name in layout.names]
+    if minus is None:
+        return torch.cat(rows, 1)
+    joined = torch.empty_like(like, memory_format=torch.contiguous_format)
+    for w, x, place in zip(
+        rows, torch.split(minus, list(layout.sizes)), torch.split(joined, list(layout.sizes), 1), strict=True
+    ):
+        torch.sub(w, x, out=place)
+    return joined
 
 
 class Fused:
@@ -108,50 +114,39 @@ class Fused:
             raise Refusal("it is called by a forward of your own")
         names = frozenset(split.layout.names + split.personal.names)
         self.work = work
-        self.graph: Graph = trace(task.model, names)
-        self._must_touch_all()
+        self._program = rewrite(task.model, names)
         if set(split.join({}, split.layout.views(split.x0), split.personal.views(split.v0))) != names:
             raise Refusal("its partition joins more than views of the vectors")
 
-    def _must_touch_all(self) -> None:
-        """Every layer must reach the output: the first step writes each weight in its backward pass."""
-        reached, todo = set(), [node for node in self.graph.nodes if node.op == "output"]
-        while todo:
-            for node in todo.pop().all_input_nodes:
-                if node not in reached:
-                    reached.add(node)
-                    todo.append(node)
-        idle = set(self.graph.layers) - {node.target for node in reached}
-        if idle:
-            raise Refusal(f"{min(idle)} does not reach the output")
+    def train(self, start: Tensor, own: State, todo: list[int], fetch: Fetch, lr_scale: float) -> tuple[State, Tensor]:
+        """A whole round of local steps of one block -> its local record, as client.py would leave it, and u [m, d].
 
-    def train(self, start: Tensor, own: State, todo: list[int], fetch: Fetch, lr_scale: float) -> State:
-        """A whole round of local steps of one block -> its local record, as client.py would leave it.
-
-        start [m, d] (rows alike); todo: steps of each client, falling.
+        start [m, d] (rows alike); todo: steps of each client, falling. Where the solver is affine the record has no y.
         """
         local: State = torch.vmap(lambda x, o: client.begin(self.work, x, o))(start, own)
         losses = start.new_zeros(len(todo))
         affine = self.work.solver.affine()
         if affine is None:
             local["solver"] = self._general(local["solver"], todo, fetch, lr_scale, losses)
+            u = local["solver"]["y"] - start
         else:
-            local["solver"] = self._affine(local["solver"], start, todo, fetch, affine[0] * lr_scale, affine[1], losses)
+            lr, mu = affine[0] * lr_scale, affine[1]
+            u, local["solver"]["v"] = self._affine(local["solver"]["v"], start, todo, fetch, lr, mu, losses)
+            del local["solver"]["y"]
         done = torch.tensor(todo, dtype=torch.int64, device=start.device)
-        return local | {"done": done, "loss": losses}
+        return local | {"done": done, "loss": losses}, u
 
     def _affine(
-        self, record: State, start: Tensor, todo: list[int], fetch: Fetch, lr: float, mu: float, losses: Tensor
-    ) -> State:
-        """y <- y - lr (g + mu (y - x)), inside the backward pass. Where nothing is personal, the clients share the
-        weights of the first step, and it writes y instead of changing it.
+        self, v: Tensor, start: Tensor, todo: list[int], fetch: Fetch, lr: float, mu: float, losses: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """y <- y - lr (g + mu (y - x)), inside the backward pass -> u = y - start [m, d], v [m, p].
+
+        Where nothing is personal, the clients share the weights of the first step, and it writes y instead of changing it.
         """
         split, m = self.work.split, len(todo)
         base, alike = split.layout.views(start[0]), not split.personal.d
         own: Weights = {name: x.new_empty(m, *x.shape) for name, x in base.items()}  # a batch of products wants W dense
-        own |= {
-            name: w.clone(memory_format=torch.contiguous_format) for name, w in split.personal.views(record["v"]).items()
-        }
+        own |= {name: w.clone(memory_format=torch.contiguous_format) for name, w in split.personal.views(v).items()}
         if not alike:
             for name, x in base.items():
                 own[name].copy_(x)
@@ -160,7 +155,7 @@ class Fused:
             mine = {name: w[:k] for name, w in own.items()}
             step = Step(base if first else mine, _Apply(mine, base, lr, mu, first), k, first)
             losses[:k] += self._backward(step, *fetch(t, k))
-        return record | {"y": _joined(own, split.layout, record["y"]), "v": _joined(own, split.personal, record["v"])}
+        return _joined(own, split.layout, start, minus=start[0]), _joined(own, split.personal, v)
 
     def _general(self, record: State, todo: list[int], fetch: Fetch, lr_scale: float, losses: Tensor) -> State:
         """Any solver that asks for one gradient a step, at (y, v): the gradient is gathered, then the solver steps."""
@@ -182,7 +177,7 @@ class Fused:
         task, mask = self.work.task, batch["mask"]
         batch = task.cast(batch)
         with torch.enable_grad(), task.randomness(keys):
-            output = self.graph.run(step, batch["input"].flatten(0, 1))
+            output = self._program(batch["input"].flatten(0, 1), step)
             values = task.values(output, batch["target"].flatten(0, 1)).view(step.m, -1)
             losses = torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
             torch.autograd.backward(losses.sum())
@@ -237,8 +232,8 @@ def build(work: Work, tolerance: float = 1e-4) -> Fused | str:
 
         own = tree_map(lambda t: t.expand(2, *t.shape), work.newcomer())
         start = work.split.x0.expand(2, -1)
-        got = fused.train(start, own, [2, 2], fetch, 1.0)
-        _compare(work, got, start, own, fetch, tolerance)
+        got, u = fused.train(start, own, [2, 2], fetch, 1.0)
+        _compare(work, got, u, start, own, fetch, tolerance)
         return fused
     except Refusal as refusal:
         return str(refusal)
@@ -246,7 +241,7 @@ def build(work: Work, tolerance: float = 1e-4) -> Fused | str:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _compare(work: Work, got: State, start: Tensor, own: State, fetch: Fetch, tolerance: float) -> None:
+def _compare(work: Work, got: State, u: Tensor, start: Tensor, own: State, fetch: Fetch, tolerance: float) -> None:
     scale = torch.ones((), dtype=start.dtype, device=start.device)
     held: Any = {"x": start[0]}
     for j in range(2):
@@ -254,10 +249,10 @@ def _compare(work: Work, got: State, start: Tensor, own: State, fetch: Fetch, to
         for t in range(2):
             batch, keys = fetch(t, 2)
             local = client.step(work, held, local, {n: b[j] for n, b in batch.items()}, keys[j], scale)
-        for name in ("y", "v"):
-            want, have = local["solver"][name], got["solver"][name][j]
-            moved = float((want - (start[j] if name == "y" else own["v"][j])).norm())
-            if want.numel() and float((want - have).norm()) > tolerance * max(moved, 1e-12):
+        before = own["v"][j]
+        moves = (client.drift(work, local), u[j]), (local["solver"]["v"] - before, got["solver"]["v"][j] - before)
+        for want, have in moves:
+            if want.numel() and float((want - have).norm()) > tolerance * max(float(want.norm()), 1e-12):
                 raise Refusal("its samples are not independent of each other, or of the size of the batch")
         if abs(float(local["loss"] - got["loss"][j])) > tolerance * max(1.0, abs(float(local["loss"]))):
             raise Refusal("its losses differ on a flat batch")

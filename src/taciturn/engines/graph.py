@@ -1,4 +1,4 @@
-"""A user's model as a list of nodes, for a block of clients.
+"""A user's model, rewritten for a block of clients.
 
 The model is traced by torch.fx. Modules with weights become stacked layers; everything else runs as it is on the flat
 batch [m b, ..]. That is right for models that treat samples one by one, and it is not believed but checked: before a run,
@@ -10,87 +10,118 @@ or frozen weights, hooks.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from taciturn.engines.layers import Layer, Step, call, layer_of
+from taciturn.engines.layers import Stacked, Step, layer_of
+
+Program = Callable[[Tensor, Step], Any]  # x [m b, ..], step -> the model's output, with each client's own weights
 
 
 class Refusal(Exception):
     """Why a model cannot be stacked layer by layer."""
 
 
-@dataclass(frozen=True)
-class Graph:
-    """The traced model: its nodes in order, its modules, and the stacked `layers` by module name."""
+class _Tracer(fx.Tracer):
+    """Keeps known layers whole, and looks into the transformers of torch.nn, whose own text fx cannot follow."""
 
-    nodes: tuple[fx.Node, ...]
-    modules: dict[str, nn.Module]
-    layers: dict[str, tuple[Callable[[Tensor], Tensor] | None, Layer]]
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.known = {module for name, module in model.named_modules() if layer_of(module, name) is not None}
 
-    def run(self, step: Step, x: Tensor) -> Any:
-        """[m b, ..] -> the model's output, with each client's own weights."""
-        values: dict[fx.Node, Any] = {}
-        for node in self.nodes:
-            if node.op == "placeholder":
-                values[node] = x
-                continue
-            args = fx.node.map_arg(node.args, values.__getitem__)
-            if node.op == "output":
-                return args[0]
-            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-            values[node] = self._value(node, step, args, kwargs)
-        raise AssertionError("a graph ends in its output")
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """True for modules that are not looked into."""
+        return m in self.known or super().is_leaf_module(m, module_qualified_name)
 
-    def _value(self, node: fx.Node, step: Step, args: Any, kwargs: Any) -> Any:
-        target: Any = node.target
-        if node.op == "call_function":
-            return target(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        if node.op == "get_attr":
-            owner, _, name = target.rpartition(".")
-            return getattr(self.modules[owner], name)
-        if target not in self.layers:
-            return self.modules[target](*args, **kwargs)
-        before, layer = self.layers[target]
-        return call(layer, step, args[0] if before is None else before(args[0]))
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """A module as a node, or as what it is made of."""
+        plain = {nn.TransformerEncoder: _encoder, nn.TransformerEncoderLayer: _encoder_layer}.get(type(m))
+        return super().call_module(m, forward, args, kwargs) if plain is None else plain(m, *args, **kwargs)
 
 
-def trace(model: nn.Module, trainable: frozenset[str]) -> Graph:
-    """The graph of a model whose trainable parameters have these names. Errors: `Refusal`."""
+def _encoder(m: Any, x: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool | None = None) -> Any:
+    """`nn.TransformerEncoder` in training mode, without padding masks."""
+    if src_key_padding_mask is not None or (mask is not None and is_causal is None):
+        raise Refusal("TransformerEncoder: padding masks and masks without is_causal are not known")
+    for layer in m.layers:
+        x = layer(x, src_mask=mask, is_causal=bool(is_causal))
+    return x if m.norm is None else m.norm(x)
+
+
+def _encoder_layer(m: Any, x: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False) -> Any:
+    """`nn.TransformerEncoderLayer` in training mode: attention and two linear layers, each with a residual and a norm."""
+    if m.norm_first:
+        x = x + m._sa_block(m.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
+        return x + m._ff_block(m.norm2(x))
+    x = m.norm1(x + m._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+    return m.norm2(x + m._ff_block(x))
+
+
+def rewrite(model: nn.Module, trainable: frozenset[str]) -> Program:
+    """The program of a model whose trainable parameters have these names. Errors: `Refusal`."""
     _refuse_odd_weights(model, trainable)
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer(model).trace(model)
+    except Refusal:
+        raise
     except Exception as error:
         raise Refusal(f"torch.fx cannot trace it: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    layers, seen = {}, set()
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
         raise Refusal("it takes more than one input")
+    with graph.inserting_after(inputs[0]):
+        step = graph.placeholder("step")
+    graph.eliminate_dead_code(lambda node: node.target is not operator.getitem)  # `y, _ = attention(..)`
+    root = _replace(model, graph, step, trainable)
+    _must_reach_output(graph, step)
+    module = fx.GraphModule(root, graph)
+    return module.forward
+
+
+def _replace(model: nn.Module, graph: fx.Graph, step: fx.Node, trainable: frozenset[str]) -> dict[str, Any]:
+    """Give every layer with weights its step; -> what the graph's nodes refer to, by name."""
+    root: dict[str, Any] = {}
+    seen: set[str] = set()
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target in trainable:
-            raise Refusal(f"{node.target} is used outside a known layer")
+        if node.op == "get_attr":
+            if node.target in trainable:
+                raise Refusal(f"{node.target} is used outside a known layer")
+            owner, _, name = node.target.rpartition(".")
+            root[node.target] = getattr(model.get_submodule(owner), name)
         if node.op != "call_module":
             continue
-        part = model.get_submodule(node.target)
+        part = root[node.target] = model.get_submodule(node.target)
         names = {f"{node.target}.{name}" for name, _ in part.named_parameters()}
         if not names:
             continue
-        found = layer_of(part, node.target)
-        if found is None or len(node.args) != 1 or node.kwargs:
+        run = layer_of(part, node.target)
+        if run is None:
             raise Refusal(f"{node.target} is a {type(part).__name__}, which is not a known layer")
         if calls[node.target] > 1:
             raise Refusal(f"{node.target} is called {calls[node.target]} times")
-        layers[node.target] = found
+        root[node.target], node.args = Stacked(run), (step, *node.args)
         seen |= names
     if seen != trainable:
         raise Refusal(f"{', '.join(sorted(trainable ^ seen)[:3])} is trained in no known layer")
-    return Graph(tuple(graph.nodes), dict(model.named_modules()), layers)
+    return root
+
+
+def _must_reach_output(graph: fx.Graph, step: fx.Node) -> None:
+    """The first step writes each weight in its backward pass, so a layer that feeds nothing would leave it unwritten."""
+    reached, todo = set(), [node for node in graph.nodes if node.op == "output"]
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in reached:
+                reached.add(node)
+                todo.append(node)
+    idle = sorted(str(node.target) for node in step.users if node not in reached)
+    if idle:
+        raise Refusal(f"{idle[0]} does not reach the output")
 
 
 def _refuse_odd_weights(model: nn.Module, trainable: frozenset[str]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +74,9 @@ class Layer(Protocol):
     def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
         """Gradient of x if it is needed; the weights' gradients go to the sink."""
         ...
+
+
+Run = Callable[..., Any]  # (step, inputs .., options ..) -> output
 
 
 def call(layer: Layer, step: Step, x: Tensor) -> Tensor:
@@ -214,13 +218,53 @@ class Embedding:
         return None
 
 
-def layer_of(module: nn.Module, name: str) -> tuple[Callable[[Tensor], Tensor] | None, Layer] | None:
-    """(what autograd does before, the layer) for a module whose weights can be stacked; None for others."""
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention of `nn.MultiheadAttention`: softmax(Q K' / sqrt(e / h)) V between two linear layers.
+
+    x [m b, l, e], or [l, m b, e] where the module puts the batch second; h heads.
+    """
+
+    module: nn.MultiheadAttention
+    inner: Linear
+    outer: Linear
+
+    def __call__(self, step: Step, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
+        """(output, no weights). Errors: `ValueError` for what the check before a run then refuses."""
+        mask, causal = options.pop("attn_mask", None), options.pop("is_causal", False)
+        if key is not query or value is not query or options.pop("key_padding_mask", None) is not None:
+            raise ValueError("attention between different sequences, or with a padding mask")
+        x = query if self.module.batch_first else query.transpose(0, 1)
+        heads, drop = self.module.num_heads, self.module.dropout if self.module.training else 0.0
+        q, k, v = call(self.inner, step, x).view(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if causal:
+            mask = None
+        elif mask is not None and mask.dtype == torch.bool:
+            mask = ~mask  # here True takes part, in the module it is left out
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, drop, causal)
+        y = call(self.outer, step, mixed.transpose(1, 2).flatten(2))
+        return (y if self.module.batch_first else y.transpose(0, 1)), None
+
+
+class Stacked(nn.Module):
+    """A known layer in the rewritten model (graph.py); its weights are those of the step."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, step: Step, *inputs: Tensor, **options: Any) -> Any:
+        """The layer for m clients."""
+        return self.run(step, *inputs, **options)
+
+
+def layer_of(module: nn.Module, name: str) -> Run | None:
+    """How a module with weights runs for a block of clients; None for modules that are not known."""
     prefix = f"{name}." if name else ""
     bias = f"{prefix}bias" if getattr(module, "bias", None) is not None else None
     weight = f"{prefix}weight"
     if type(module) is nn.Linear:
-        return None, Linear(weight, bias)
+        return partial(call, Linear(weight, bias))
     if (
         isinstance(module, (nn.Conv1d, nn.Conv2d))
         and type(module) in (nn.Conv1d, nn.Conv2d)  # a subclass may do something else
@@ -229,11 +273,19 @@ def layer_of(module: nn.Module, name: str) -> tuple[Callable[[Tensor], Tensor] |
     ):
         n = len(module.kernel_size)
         options = (module.stride, module.padding, module.dilation, False, (0,) * n, module.groups)
-        return None, Conv(weight, bias, options)
+        return partial(call, Conv(weight, bias, options))
     if type(module) is nn.LayerNorm and module.elementwise_affine:
-        return (lambda x: F.layer_norm(x, module.normalized_shape, None, None, module.eps)), Norm(weight, bias, False)
+        layer_norm, scale = module, Norm(weight, bias, False)
+        return lambda step, x: call(scale, step, F.layer_norm(x, layer_norm.normalized_shape, None, None, layer_norm.eps))
     if type(module) is nn.GroupNorm and module.affine:
-        return (lambda x: F.group_norm(x, module.num_groups, None, None, module.eps)), Norm(weight, bias, True)
+        group_norm, gain = module, Norm(weight, bias, True)
+        return lambda step, x: call(gain, step, F.group_norm(x, group_norm.num_groups, None, None, group_norm.eps))
     if type(module) is nn.Embedding and module.max_norm is None and not module.sparse and not module.scale_grad_by_freq:
-        return None, Embedding(weight, module.padding_idx)
+        return partial(call, Embedding(weight, module.padding_idx))
+    if type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim and module.bias_k is None:
+        if module.add_zero_attn:
+            return None
+        biases = ("in_proj_bias", "out_proj.bias") if module.in_proj_bias is not None else (None, None)
+        inner, outer = (b and prefix + b for b in biases)
+        return Attention(module, Linear(f"{prefix}in_proj_weight", inner), Linear(f"{prefix}out_proj.weight", outer))
     return None

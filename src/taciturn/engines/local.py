@@ -53,6 +53,7 @@ class _Group:
     held: State
     live: Tensor
     local: State | None = None
+    u: Tensor | None = None
 
 
 class LocalEngine:
@@ -134,12 +135,17 @@ class LocalEngine:
             local = self._train(group, self._owed)
             own = self.store.read(group.ids)
             keys = random.fold(self._key, group.ids, "encode", self._plan.round).to(group.start.device)
-            payload, stats, kept = self._lift(lambda *a: client.collect(self.work, *a))(local, own, keys)
-            group.local = None
+            u = self._drift(local) if group.u is None else group.u
+            payload, stats, kept = self._lift(lambda *a: client.collect(self.work, *a))(local, u, own, keys)
+            group.local = group.u = None
             riders = {f"stats.{name}": value for name, value in stats.items()}
             received = self.post.message("up", "update", group.ids, payload, riders)
             stats = {name: received[f"stats.{name}"].cpu() for name in stats}
             yield self._receive(group, {name: received[name] for name in payload}, stats, kept)
+
+    def _drift(self, local: State) -> Tensor:
+        u: Tensor = self._lift(lambda local: client.drift(self.work, local))(local)
+        return u
 
     def _receive(self, group: _Group, payload: Payload, stats: Record, kept: State) -> Block:
         """The server's half: decode, and set aside what is not finite (0 x NaN is NaN, so rows are zeroed)."""
@@ -193,7 +199,7 @@ class LocalEngine:
                 return batch | {"mask": mask[:k, t].to(device)}, step_keys.to(device)
 
             if self._fused is not None:
-                group.local = self._fused.train(group.start, own, todo.tolist(), fetch, self._plan.lr_scale)
+                group.local, group.u = self._fused.train(group.start, own, todo.tolist(), fetch, self._plan.lr_scale)
                 return group.local
             lr_scale = torch.tensor(self._plan.lr_scale, dtype=group.start.dtype, device=device)
             step = self._lift(lambda r, s, k: client.step(work, group.held, r, s, k, lr_scale))

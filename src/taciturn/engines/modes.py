@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taciturn import client
 from taciturn.client import Work
@@ -52,8 +53,14 @@ def _walk(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 
 def many(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The client axis of a block: added by `torch.vmap`."""
-    return torch.vmap(fn)
+    """The client axis of a block: added by `torch.vmap`, which knows no rule for fused attention kernels."""
+    batched = torch.vmap(fn)
+
+    def lifted(*arguments: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return batched(*arguments)
+
+    return lifted
 
 
 @dataclass

@@ -87,9 +87,9 @@ class sgd:
             new[name] = z - (self.lr * lr_scale) * g
         return new, loss
 
-    def message(self, local: State, start: Vector) -> tuple[Vector, State]:
-        """u = y - start."""
-        return local["y"] - start, {}
+    def message(self, local: State, u: Vector) -> tuple[Vector, State]:
+        """u itself."""
+        return u, {}
 
     def affine(self) -> tuple[float, float] | None:
         """(lr, 0) for plain SGD."""
@@ -143,9 +143,9 @@ class adamw:
             new[f"m_{name}"], new[f"s_{name}"] = m, s
         return new, loss
 
-    def message(self, local: State, start: Vector) -> tuple[Vector, State]:
-        """u = y - start."""
-        return local["y"] - start, {}
+    def message(self, local: State, u: Vector) -> tuple[Vector, State]:
+        """u itself."""
+        return u, {}
 
     def affine(self) -> tuple[float, float] | None:
         """Not affine."""
@@ -188,9 +188,9 @@ class prox:
 
         return self.solver.step(local, batch, proximal, lr_scale)
 
-    def message(self, local: State, start: Vector) -> tuple[Vector, State]:
+    def message(self, local: State, u: Vector) -> tuple[Vector, State]:
         """The inner solver's."""
-        return self.solver.message(local, start)
+        return self.solver.message(local, u)
 
     def affine(self) -> tuple[float, float] | None:
         """(lr, mu) if the inner solver is plain SGD."""
