@@ -112,7 +112,8 @@ class Bench:
         rows = torch.arange(len(x)).split(work.sizes)
         clients = TableClients.of({"input": x, "target": y}, {f"c{i}": part for i, part in enumerate(rows)})
         torch.manual_seed(0)
-        task = Task(work.model, Federation(clients, "classification", 10)).build(0)
+        own = {"forward": lambda model, batch: model(batch["input"])} if path == VMAP else {}  # not traced, so not stacked
+        task = Task(work.model, Federation(clients, "classification", 10), **own).build(0)
         self.method = Method(
             participation=participation.uniform(count=work.cohort), solver=work.solver, batch_size=work.batch
         )
@@ -120,8 +121,6 @@ class Bench:
         built = Work(task, self.split, work.solver, self.method.codec)
         name = "sequential" if path == SINGLE else "stacked"
         self.engine, self.path = build(name, built, self.method, random.key(0))
-        if path == VMAP:
-            self.engine._fused = None
         self.sizes, self.server, self.steps, self.seconds = task.train.sizes, start(self.split.x0, self.method), 0, []
 
     def round(self) -> None:

@@ -18,6 +18,7 @@ from drive import drive
 from taciturn import Task, aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.state import equal
+from taciturn.engines.fused import Fused
 from taciturn.method import Method
 from taciturn.solvers import schedules
 
@@ -71,7 +72,7 @@ def test_engines_agree(name, shared_task, vmap_task):
     assert traffic == wire_traffic and engine.post.ledger.totals == wire.post.ledger.totals
     for task, layers in ((shared_task, True), (vmap_task, False)):
         x_stacked, stacked, stacked_stats, stacked_traffic = drive(task, method, "stacked", block=3)
-        assert (stacked._fused is not None) is layers, "each way of the stacked engine is looked at"
+        assert isinstance(stacked.crew.trainer.way, Fused) is layers, "each way of the stacked engine is looked at"
         assert float((x.x - x_stacked.x).norm() / x.x.norm()) <= 1e-5
         assert traffic == stacked_traffic
         for one, many in zip(stats, stacked_stats, strict=True):

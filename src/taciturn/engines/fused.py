@@ -4,14 +4,14 @@ The same mathematics as client.py: the weights of m clients lie side by side, la
 applied (plain SGD and FedProx) or gathered (other solvers) inside the backward pass. Nothing is believed: `build`
 compares two steps of two clients with client.py and refuses if they differ.
 
-Symbols: x [d] the model all clients start from; k clients still training, the first k of the block
-(blocks are sorted by length); lr, mu, of the affine step y <- y - lr (g + mu (y - x)).
+Symbols: x [d] the model all clients start from; m clients of a part, the first k of them still training; lr, mu of the
+affine step y <- y - lr (g + mu (y - x)).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,14 +20,13 @@ from torch.optim.adamw import adamw as adamw_kernel
 
 from taciturn import client
 from taciturn.client import Work
-from taciturn.core.state import State, tree_map
+from taciturn.core.state import State, flatten, tree_map, unflatten
 from taciturn.core.types import Batch, Solver
 from taciturn.core.vector import Layout
 from taciturn.engines.graph import Refusal, rewrite
 from taciturn.engines.layers import Step, Weights
+from taciturn.engines.train import Fetch
 from taciturn.solvers import adamw
-
-Fetch = Callable[[int, int], tuple[Batch, Tensor]]  # step, k -> batches [k, b, ..] with mask, keys [k]
 
 
 @dataclass
@@ -88,23 +87,29 @@ class _Gather:
         self.found[name] = gradient
 
 
-def _joined(weights: Weights, layout: Layout, like: Tensor, minus: Tensor | None = None) -> Tensor:
-    """Named [k, ..] -> [k, d], less a vector [d]; `like` where the layout is empty."""
-    if not layout.names:
-        return like
-    rows = [weights[name].reshape(len(like), -1) for name in layout.names]
-    if minus is None:
-        return torch.cat(rows, 1)
-    joined = torch.empty_like(like, memory_format=torch.contiguous_format)
-    for w, x, place in zip(
-        rows, torch.split(minus, list(layout.sizes)), torch.split(joined, list(layout.sizes), 1), strict=True
-    ):
-        torch.sub(w, x, out=place)
-    return joined
+def _joined(weights: Weights, layout: Layout, like: Tensor) -> Tensor:
+    """Named [k, ..] -> [k, d]; `like` where the layout is empty."""
+    return torch.cat([weights[name].reshape(len(like), -1) for name in layout.names], 1) if layout.names else like
+
+
+@dataclass
+class _Part:
+    """Clients in work. base: x by name; begun: their records; own: weights [m, *shape] (affine solvers) - fresh: not
+    written yet.
+    """
+
+    start: Tensor
+    base: Weights
+    begun: State
+    lr_scale: float
+    losses: Tensor
+    done: Tensor
+    own: Weights
+    fresh: bool = False
 
 
 class Fused:
-    """Trains blocks of clients. Errors: `Refusal` where the model cannot be run this way."""
+    """One way to train a part of a block (train.py). Errors: `Refusal` where the model cannot be run this way."""
 
     def __init__(self, work: Work) -> None:
         split, task = work.split, work.task
@@ -114,63 +119,86 @@ class Fused:
             raise Refusal("it is called by a forward of your own")
         names = frozenset(split.layout.names + split.personal.names)
         self.work = work
+        self._affine = work.solver.affine()
         self._program = rewrite(task.model, names)
         if set(split.join({}, split.layout.views(split.x0), split.personal.views(split.v0))) != names:
             raise Refusal("its partition joins more than views of the vectors")
 
-    def train(self, start: Tensor, own: State, todo: list[int], fetch: Fetch, lr_scale: float) -> tuple[State, Tensor]:
-        """A whole round of local steps of one block -> its local record, as client.py would leave it, and u [m, d].
-
-        start [m, d] (rows alike); todo: steps of each client, falling. Where the solver is affine the record has no y.
-        """
-        local: State = torch.vmap(lambda x, o: client.begin(self.work, x, o))(start, own)
-        losses = start.new_zeros(len(todo))
-        affine = self.work.solver.affine()
-        if affine is None:
-            local["solver"] = self._general(local["solver"], todo, fetch, lr_scale, losses)
-            u = local["solver"]["y"] - start
-        else:
-            lr, mu = affine[0] * lr_scale, affine[1]
-            u, local["solver"]["v"] = self._affine(local["solver"]["v"], start, todo, fetch, lr, mu, losses)
-            del local["solver"]["y"]
-        done = torch.tensor(todo, dtype=torch.int64, device=start.device)
-        return local | {"done": done, "loss": losses}, u
-
-    def _affine(
-        self, v: Tensor, start: Tensor, todo: list[int], fetch: Fetch, lr: float, mu: float, losses: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """y <- y - lr (g + mu (y - x)), inside the backward pass -> u = y - start [m, d], v [m, p].
-
-        Where nothing is personal, the clients share the weights of the first step, and it writes y instead of changing it.
-        """
-        split, m = self.work.split, len(todo)
-        base, alike = split.layout.views(start[0]), not split.personal.d
-        own: Weights = {name: x.new_empty(m, *x.shape) for name, x in base.items()}  # a batch of products wants W dense
-        own |= {name: w.clone(memory_format=torch.contiguous_format) for name, w in split.personal.views(v).items()}
-        if not alike:
+    def begin(self, held: State, start: Tensor, own: State, lr_scale: float) -> _Part:
+        """Affine solvers: weights by layer, each dense, as a batch of products wants them. Others: flat records."""
+        m, split = len(start), self.work.split
+        begun: State = torch.vmap(lambda x, o: client.begin(self.work, x, o))(start, own)
+        base = split.layout.views(start[0])
+        part = _Part(start, base, begun, lr_scale, start.new_zeros(m), torch.zeros(m, dtype=torch.int64), {})
+        if self._affine is None:
+            dense = {name: t.clone(memory_format=torch.contiguous_format) for name, t in flatten(begun["solver"]).items()}
+            begun["solver"] = unflatten(dense)
+            return part
+        v = split.personal.views(begun["solver"]["v"])
+        part.own = {name: x.new_empty(m, *x.shape) for name, x in base.items()}
+        part.own |= {name: w.clone(memory_format=torch.contiguous_format) for name, w in v.items()}
+        part.fresh = not split.personal.d  # then the first step is shared, and writes the weights
+        if not part.fresh:
             for name, x in base.items():
-                own[name].copy_(x)
-        for t in range(todo[0]):
-            k, first = sum(steps > t for steps in todo), alike and t == 0
-            mine = {name: w[:k] for name, w in own.items()}
-            step = Step(base if first else mine, _Apply(mine, base, lr, mu, first), k, first)
-            losses[:k] += self._backward(step, *fetch(t, k))
-        return _joined(own, split.layout, start, minus=start[0]), _joined(own, split.personal, v)
+                part.own[name].copy_(x)
+        return part
 
-    def _general(self, record: State, todo: list[int], fetch: Fetch, lr_scale: float, losses: Tensor) -> State:
-        """Any solver that asks for one gradient a step, at (y, v): the gradient is gathered, then the solver steps."""
-        split, update = self.work.split, stepper(self.work.solver, losses.new_tensor(lr_scale))
-        record = tree_map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format), record)
+    def advance(self, part: _Part, todo: list[int], fetch: Fetch) -> _Part:
+        """Local steps, each on the clients that still train."""
+        one = self._general if self._affine is None else self._fold
+        k = len(todo)
         for t in range(todo[0]):
-            k = sum(steps > t for steps in todo)
-            live: State = tree_map(lambda tensor, k=k: tensor[:k], record)
-            weights, gradients = split.layout.views(live["y"]) | split.personal.views(live["v"]), _Gather({})
-            loss = self._backward(Step(weights, gradients, k, False), *fetch(t, k))
-            g_y = _joined(gradients.found, split.layout, live["y"])
-            g_v = _joined(gradients.found, split.personal, live["v"])
-            update(live, loss, g_y, g_v, t)
-            losses[:k] += loss
-        return record
+            while todo[k - 1] <= t:
+                k -= 1
+            part.losses[:k] += one(part, k, t, *fetch(t, k))
+        part.done += torch.tensor(todo)
+        return part
+
+    def _fold(self, part: _Part, k: int, t: int, batch: Batch, keys: Tensor) -> Tensor:
+        """y <- y - lr (g + mu (y - x)), inside the backward pass -> losses [k]."""
+        assert self._affine is not None
+        lr, mu = self._affine[0] * part.lr_scale, self._affine[1]
+        mine = part.own if k == len(part.losses) else {name: w[:k] for name, w in part.own.items()}
+        step = Step(part.base if part.fresh else mine, _Apply(mine, part.base, lr, mu, part.fresh), k, part.fresh)
+        losses = self._backward(step, batch, keys)
+        part.fresh = False
+        return losses
+
+    def _general(self, part: _Part, k: int, t: int, batch: Batch, keys: Tensor) -> Tensor:
+        """Any solver that asks for one gradient a step, at (y, v): the gradient is gathered, then the solver steps."""
+        split = self.work.split
+        live: State = tree_map(lambda tensor: tensor[:k], part.begun["solver"])
+        weights, gradients = split.layout.views(live["y"]) | split.personal.views(live["v"]), _Gather({})
+        losses = self._backward(Step(weights, gradients, k, False), batch, keys)
+        g_y = _joined(gradients.found, split.layout, live["y"])
+        g_v = _joined(gradients.found, split.personal, live["v"])
+        before = int(part.done[0]) + t
+        stepper(self.work.solver, losses.new_tensor(part.lr_scale))(live, losses, g_y, g_v, before)
+        return losses
+
+    def reorder(self, part: _Part, order: Tensor) -> _Part:
+        """Everything of the clients in another order."""
+        at = order.to(part.start.device)
+        own, begun = ({name: w[at] for name, w in part.own.items()}, tree_map(lambda t: t[at], part.begun))
+        return replace(part, own=own, begun=begun, losses=part.losses[at], done=part.done[order])
+
+    def drift(self, part: _Part, out: Tensor) -> None:
+        """u = y - start: the weights joined, in one pass."""
+        if self._affine is None:
+            torch.sub(part.begun["solver"]["y"], part.start, out=out)
+            return
+        layout = self.work.split.layout
+        places, sizes = torch.split(out, list(layout.sizes), 1), list(layout.sizes)
+        for name, x, place in zip(layout.names, torch.split(part.start[0], sizes), places, strict=True):
+            torch.sub(part.own[name].reshape(len(out), -1), x, out=place)
+
+    def record(self, part: _Part) -> State:
+        """The local records; where the solver is affine without y, which `drift` has told."""
+        solver = part.begun["solver"]
+        if self._affine is not None:
+            solver = {name: t for name, t in solver.items() if name != "y"}
+            solver["v"] = _joined(part.own, self.work.split.personal, solver["v"])
+        return part.begun | {"solver": solver, "done": part.done.to(part.start.device), "loss": part.losses}
 
     def _backward(self, step: Step, batch: Batch, keys: Tensor) -> Tensor:
         """Forward and backward of k clients; the weights' gradients go to the sink -> losses [k]."""
@@ -178,10 +206,11 @@ class Fused:
         batch = task.cast(batch)
         with torch.enable_grad(), task.randomness(keys):
             output = self._program(batch["input"].flatten(0, 1), step)
-            values = task.values(output, batch["target"].flatten(0, 1)).view(step.m, -1)
-            losses = torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-            torch.autograd.backward(losses.sum())
-        return losses.detach()
+            values = task.values(output, batch["target"].flatten(0, 1))
+            share = mask.to(values.dtype)  # of each sample in its client's loss: none of padding
+            share /= share.sum(1, keepdim=True).clamp_(min=1)
+            torch.autograd.backward(values, share.flatten())
+        return (values.detach().view_as(share) * share).sum(1)
 
 
 def stepper(solver: Solver, lr_scale: Tensor) -> Callable[[State, Tensor, Tensor, Tensor, int], None]:
@@ -220,20 +249,7 @@ def build(work: Work, tolerance: float = 1e-4) -> Fused | str:
     """
     try:
         fused = Fused(work)
-        largest = work.task.train.sizes.argmax().repeat(2)
-        n = int(work.task.train.sizes.max())
-        index = torch.arange(4).reshape(2, 2) % n
-        keys = torch.arange(2, device=work.split.x0.device)
-
-        def fetch(t: int, k: int) -> tuple[Batch, Tensor]:
-            batch = work.task.train.fetch(largest[:k], (index + t)[:k] % n)
-            mask = torch.tensor([[True, True], [True, t == 0]], device=keys.device)
-            return batch | {"mask": mask[:k]}, keys[:k] + t
-
-        own = tree_map(lambda t: t.expand(2, *t.shape), work.newcomer())
-        start = work.split.x0.expand(2, -1)
-        got, u = fused.train(start, own, [2, 2], fetch, 1.0)
-        _compare(work, got, u, start, own, fetch, tolerance)
+        _compare(work, fused, tolerance)
         return fused
     except Refusal as refusal:
         return str(refusal)
@@ -241,18 +257,31 @@ def build(work: Work, tolerance: float = 1e-4) -> Fused | str:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _compare(work: Work, got: State, u: Tensor, start: Tensor, own: State, fetch: Fetch, tolerance: float) -> None:
-    scale = torch.ones((), dtype=start.dtype, device=start.device)
-    held: Any = {"x": start[0]}
+def _compare(work: Work, fused: Fused, tolerance: float) -> None:
+    largest = work.task.train.sizes.argmax().repeat(2)
+    n = int(work.task.train.sizes.max())
+    index, x0 = torch.arange(4).reshape(2, 2) % n, work.split.x0
+    keys, scale = torch.arange(2, device=x0.device), torch.ones((), dtype=x0.dtype, device=x0.device)
+    held: Any = {"x": x0}
+
+    def fetch(t: int, k: int) -> tuple[Batch, Tensor]:
+        batch = work.task.train.fetch(largest[:k], (index + t)[:k] % n)
+        mask = torch.tensor([[True, True], [True, t == 0]], device=keys.device)
+        return batch | {"mask": mask[:k]}, keys[:k] + t
+
+    one = work.newcomer()
+    part = fused.begin(held, x0.expand(2, -1), tree_map(lambda t: t.expand(2, *t.shape), one), 1.0)
+    part = fused.advance(part, [2, 2], fetch)
+    got, u = fused.record(part), x0.new_empty(2, len(x0))
+    fused.drift(part, u)
     for j in range(2):
-        local = client.begin(work, start[j], tree_map(lambda t, j=j: t[j], own))
+        local = client.begin(work, x0, one)
         for t in range(2):
-            batch, keys = fetch(t, 2)
-            local = client.step(work, held, local, {n: b[j] for n, b in batch.items()}, keys[j], scale)
-        before = own["v"][j]
-        moves = (client.drift(work, local), u[j]), (local["solver"]["v"] - before, got["solver"]["v"][j] - before)
+            batch, step_keys = fetch(t, 2)
+            local = client.step(work, held, local, {name: b[j] for name, b in batch.items()}, step_keys[j], scale)
+        moves = (client.drift(work, local), u[j]), (local["solver"]["v"] - one["v"], got["solver"]["v"][j] - one["v"])
         for want, have in moves:
-            if want.numel() and float((want - have).norm()) > tolerance * max(float(want.norm()), 1e-12):
+            if want.numel() and not float((want - have).norm()) <= tolerance * max(float(want.norm()), 1e-12):
                 raise Refusal("its samples are not independent of each other, or of the size of the batch")
         if abs(float(local["loss"] - got["loss"][j])) > tolerance * max(1.0, abs(float(local["loss"]))):
             raise Refusal("its losses differ on a flat batch")

@@ -1,24 +1,21 @@
-"""One engine for all clients in this process; three ways to run it (modes.py) differ in two parts.
+"""The server's half of an engine on this machine: who is sent what, what came back, and whose state is kept.
 
-`lift` gives a client function its client axis [m]: by squeezing it away (m = 1) or by `torch.vmap`. The post's carrier
-moves a payload as it is, with its bytes computed, or packed to bytes and unpacked again. Everything else is this text.
+The clients' half (train.py) does the work, in this process or in others (crew.py). Three ways to run it (modes.py) differ
+in how a block is trained, and in the post's carrier, which moves a payload as it is, with its bytes computed, or packed
+to bytes and unpacked again. Everything else is this text.
 
-Symbols: M clients of the cohort in plan order; m clients of a block; own, local: the records of client.py, stacked.
+Symbols: M clients of the cohort in plan order; m clients of a block; own: the records of client.py, stacked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from taciturn import client
 from taciturn.client import Work
-from taciturn.core import random
-from taciturn.core.random import Key
 from taciturn.core.state import State, tree_map
 from taciturn.core.types import (
     BAD_LOSS,
@@ -27,56 +24,41 @@ from taciturn.core.types import (
     OK,
     Block,
     Cast,
-    Clients,
     Observations,
     Payload,
     Plan,
     Record,
 )
-from taciturn.engines.fused import Fused
+from taciturn.engines.crew import Crew
 from taciturn.engines.post import Post
 from taciturn.engines.store import ClientStore
+from taciturn.engines.train import Job, Lift
 from taciturn.method import Method
 
-Lift = Callable[[Callable[..., Any]], Callable[..., Any]]
 Lose = Callable[[int, int], bool]  # round, client -> its upload is lost
-CHUNK = 256  # samples of a client that are evaluated at once
 
 
 @dataclass
 class _Group:
-    """The clients of a block during a round. where: their places in the plan; live: still training."""
+    """The clients of a block during a round. where: places in the plan; live: still training; sent: to the crew."""
 
     where: Tensor
     ids: Tensor
-    start: Tensor
     held: State
     live: Tensor
-    local: State | None = None
-    u: Tensor | None = None
+    sent: bool = False
 
 
 class LocalEngine:
     """Runs cohorts block after block, and keeps what clients own between rounds."""
 
     def __init__(
-        self,
-        work: Work,
-        method: Method,
-        key: Key,
-        post: Post,
-        *,
-        lift: Lift,
-        block: int,
-        fused: Fused | None = None,
-        lose: Lose | None = None,
+        self, work: Work, method: Method, post: Post, crew: Crew, *, lift: Lift, block: int, lose: Lose | None = None
     ) -> None:
-        self.work, self.method, self.post, self.block = work, method, post, block
+        self.work, self.method, self.post, self.crew, self.block = work, method, post, crew, block
         self.store = ClientStore(work.newcomer())
         self._receivers = ClientStore(work.codec.init(work.split.layout)[1])
-        self._key, self._lift, self._lose = random.fold(key, "client"), lift, lose or (lambda round, client: False)
-        self._batch = min(method.batch_size, int(work.task.train.sizes.max()))
-        self._fused = fused if method.sync.silent else None  # a rule that watches needs step after step
+        self._lift, self._lose = lift, lose or (lambda round, client: False)
         self._groups: list[_Group] = []
         self._pending: list[tuple[Tensor, State, State]] = []
 
@@ -92,17 +74,12 @@ class LocalEngine:
         for where in torch.split(order, self.block):
             ids = plan.ids[where]
             held = self.post.model("model", ids, cast)
-            live = torch.ones(len(ids), dtype=torch.bool)
-            self._groups.append(_Group(where, ids, self._start(held, len(ids)), held, live))
+            self._groups.append(_Group(where, ids, held, torch.ones(len(ids), dtype=torch.bool)))
         if sync and not self.method.sync.silent:
             rows = {name: value.expand(len(plan.ids), *value.shape) for name, value in sync.items()}
             self.post.message("down", "monitor", plan.ids, rows)
+        self.crew.begin(cast.held, plan.round, plan.lr_scale, sync)
         self.post.ledger.exchange()
-
-    def _start(self, held: State, m: int) -> Tensor:
-        """The model that m clients hold, in the precision they train in: [m, d], one memory."""
-        x: Tensor = held["x"].to(self.work.split.x0.dtype)
-        return x.expand(m, -1)
 
     def advance(self, steps: int) -> Observations:
         """Local steps; with a silent rule they are only noted, and run block by block in `collect`."""
@@ -111,41 +88,37 @@ class LocalEngine:
             everyone = torch.ones(len(self._plan.ids), dtype=torch.bool)
             return Observations({}, everyone, everyone)
         heard = torch.cat([group.live for group in self._groups])
-        seen = [self._observe(group, steps) for group in self._groups]
+        found = self.crew.each("observe", ((n, self._job(n), steps) for n in range(len(self._groups))))
+        seen = [self._hear(group, *answer) for group, answer in zip(self._groups, found, strict=True)]
         self.post.ledger.exchange()
         live = torch.cat([group.live for group in self._groups])
         return Observations({name: torch.cat([payload[name] for payload in seen]) for name in seen[0]}, heard, live)
 
-    def _observe(self, group: _Group, steps: int) -> Payload:
-        """Train, then a few bytes from each client that was still training; rows of the others are not to be read."""
-        local = self._train(group, steps)
-        rule, work = self.method.sync, self.work
-        payload: Payload
-        payload, go = self._lift(lambda local: rule.observe(client.drift(work, local), self._sync))(local)
+    def _hear(self, group: _Group, payload: Payload, live: Tensor) -> Payload:
+        """A few bytes from each client that was still training; rows of the others are not to be read."""
         rows = group.live.nonzero().squeeze(1)
         if len(rows):
             received = self.post.message("up", "monitor", group.ids[rows], _rows(payload, rows))
             payload = {name: value.index_copy(0, rows.to(value.device), received[name]) for name, value in payload.items()}
-        group.live = group.live & go.cpu() & (local["done"].cpu() < self._plan.limit[group.where])
+        group.live = live
         return payload
+
+    def _job(self, number: int) -> Job | None:
+        """A block's order, the first time it is asked for in a round."""
+        group = self._groups[number]
+        if group.sent:
+            return None
+        group.sent = True
+        return Job(group.ids, group.held, self.store.read(group.ids), self._plan.limit[group.where])
 
     def collect(self) -> Iterator[Block]:
         """Upload, decode, check: one block after the other, so that a cohort need not fit in memory."""
-        for group in self._groups:
-            local = self._train(group, self._owed)
-            own = self.store.read(group.ids)
-            keys = random.fold(self._key, group.ids, "encode", self._plan.round).to(group.start.device)
-            u = self._drift(local) if group.u is None else group.u
-            payload, stats, kept = self._lift(lambda *a: client.collect(self.work, *a))(local, u, own, keys)
-            group.local = group.u = None
-            riders = {f"stats.{name}": value for name, value in stats.items()}
-            received = self.post.message("up", "update", group.ids, payload, riders)
-            stats = {name: received[f"stats.{name}"].cpu() for name in stats}
-            yield self._receive(group, {name: received[name] for name in payload}, stats, kept)
-
-    def _drift(self, local: State) -> Tensor:
-        u: Tensor = self._lift(lambda local: client.drift(self.work, local))(local)
-        return u
+        found = self.crew.each("collect", ((n, self._job(n), self._owed) for n in range(len(self._groups))))
+        for group, upload in zip(self._groups, found, strict=True):
+            riders = {f"stats.{name}": value for name, value in upload.stats.items()}
+            received = self.post.message("up", "update", group.ids, upload.payload, riders)
+            stats = {name: received[f"stats.{name}"].cpu() for name in upload.stats}
+            yield self._receive(group, {name: received[name] for name in upload.payload}, stats, upload.kept)
 
     def _receive(self, group: _Group, payload: Payload, stats: Record, kept: State) -> Block:
         """The server's half: decode, and set aside what is not finite (0 x NaN is NaN, so rows are zeroed)."""
@@ -167,7 +140,8 @@ class LocalEngine:
             updates = torch.where(good.unsqueeze(1), updates, 0.0)
         weights = torch.where(good, self._plan.weights[group.where].to(updates.device), 0.0)
         self._pending.append((group.ids, kept, rx))
-        return Block(group.ids, group.start, updates, weights, layout, stats, status)
+        start = group.held["x"].to(updates.dtype).expand(len(group.ids), -1)
+        return Block(group.ids, start, updates, weights, layout, stats, status)
 
     def commit(self, accepted: Tensor) -> None:
         """Accepted clients own their new state; the others stay as if they had not been drawn."""
@@ -178,72 +152,23 @@ class LocalEngine:
                 self._receivers.write(ids[places], _rows(rx, places))
         self._pending, self._groups = [], []
 
-    def _train(self, group: _Group, steps: int) -> State:
-        """Up to `steps` local steps of every live client of the block; those that are done stay as they are."""
-        work, data, device = self.work, self.work.task.train, group.start.device
-        own = self.store.read(group.ids)
-        local = group.local
-        if local is None:
-            local = self._lift(lambda x, o: client.begin(work, x, o))(group.start, own)
-        done = local["done"].cpu()
-        todo = torch.where(group.live, (self._plan.limit[group.where] - done).clamp(0, steps), 0)
-        n = int(todo.max())
-        if n:
-            keys, sizes, first = random.fold(self._key, group.ids), data.sizes[group.ids], own["steps"].cpu() + done
-            index, mask = client.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
-
-            def fetch(t: int, k: int) -> tuple[Payload, Tensor]:
-                """Batches and keys of local step t of the first k clients."""
-                step_keys = random.fold(keys[:k], first[:k] + t)
-                batch = data.fetch(group.ids[:k], index[:k, t], step_keys)
-                return batch | {"mask": mask[:k, t].to(device)}, step_keys.to(device)
-
-            if self._fused is not None:
-                group.local, group.u = self._fused.train(group.start, own, todo.tolist(), fetch, self._plan.lr_scale)
-                return group.local
-            lr_scale = torch.tensor(self._plan.lr_scale, dtype=group.start.dtype, device=device)
-            step = self._lift(lambda r, s, k: client.step(work, group.held, r, s, k, lr_scale))
-            step_if = self._lift(lambda a, r, s, k: client.step_if(a, work, group.held, r, s, k, lr_scale))
-            for t in range(n):
-                active = t < todo
-                arguments = (local, *fetch(t, len(todo)))
-                local = step(*arguments) if bool(active.all()) else step_if(active.to(device), *arguments)
-        group.local = local
-        return local
-
-    # ------------------------------------------------------------------------------------------------------ evaluation
-
     def evaluate(self, ids: Tensor, cast: Cast, split: str) -> dict[str, Tensor]:
         """Sums [n] per client on its own data of a split, with the published model and the client's own parts.
 
         The model's way down and the sums' way up are counted as "evaluate"; the client does not keep this model, so an
         evaluation never saves a later round its bytes.
         """
-        data = self.work.task.held_out(split)
-        found = []
-        for part in torch.split(ids, self.block):
+        parts = torch.split(ids, self.block)
+        self.crew.begin(cast.held, cast.source, 1.0, {})
+
+        def job(number: int, part: Tensor) -> tuple[int, Job, str]:
             held = self.post.model("evaluate", part, cast)
-            sums = self._measure(part, held, self.store.read(part), data)
-            found.append(self.post.message("up", "evaluate", part, sums))
+            return number, Job(part, held, self.store.read(part), torch.zeros_like(part)), split
+
+        measured = self.crew.each("measure", (job(number, part) for number, part in enumerate(parts)))
+        found = [self.post.message("up", "evaluate", part, sums) for part, sums in zip(parts, measured, strict=True)]
         self.post.ledger.exchange()
         return {name: torch.cat([sums[name] for sums in found]).cpu() for name in found[0]}
-
-    def _measure(self, ids: Tensor, held: State, own: State, data: Clients) -> dict[str, Tensor]:
-        split, task = self.work.split, self.work.task
-
-        def measure(x: Tensor, v: Tensor, b: Tensor, batch: Payload) -> dict[str, Tensor]:
-            views = split.layout.views(x), split.personal.views(v), split.buffers.views(b)
-            return task.measure(self.work.params(held, *views), batch)
-
-        sizes, longest = data.sizes[ids], int(data.sizes[ids].max())
-        total: dict[str, Tensor] = {}
-        x = self._start(held, len(ids))
-        for place in torch.split(torch.arange(longest), CHUNK):
-            index = torch.minimum(place.expand(len(ids), -1), sizes.unsqueeze(1) - 1)
-            batch = data.fetch(ids, index) | {"mask": (place < sizes.unsqueeze(1)).to(x.device)}
-            sums = self._lift(measure)(x, own["v"], own["b"], batch)
-            total = {name: value.double() + total.get(name, 0.0) for name, value in sums.items()}
-        return {name: value.float() for name, value in total.items()}
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 

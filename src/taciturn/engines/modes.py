@@ -19,22 +19,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taciturn import client
 from taciturn.client import Work
+from taciturn.core import random
 from taciturn.core.errors import require, unknown
 from taciturn.core.random import Key
 from taciturn.core.state import row, stack, tree_map
 from taciturn.core.types import Payload
+from taciturn.engines.crew import Alone, Crew
+from taciturn.engines.fork import workers as forked
 from taciturn.engines.fused import Fused
 from taciturn.engines.fused import build as fused_or_reason
-from taciturn.engines.local import LocalEngine
+from taciturn.engines.local import LocalEngine, Lose
 from taciturn.engines.memory import keep_freed_memory
+from taciturn.engines.plain import Plain
 from taciturn.engines.post import Post
+from taciturn.engines.train import Trainer
 from taciturn.method import Method
 from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
 
 ENGINES = ("auto", "loopback", "sequential", "stacked")
 VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
-BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block: small blocks keep the weights in cache
-FUSED_VALUES, MOST_VALUES = 2_000_000, 64_000_000  # layer by layer: the same for small models; the most for large ones
+BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block
+PART_VALUES = 1_000_000  # layer by layer: of the clients that train at once, so that their weights stay in cache
+MOST_VALUES = 64_000_000  # of a block of a large model, whose first step wants some clients that share it
 
 
 def one(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,6 +122,7 @@ class Path:
     name: str
     path: str
     block: int
+    width: int
     why: str
     fused: Fused | None = field(default=None, repr=False, compare=False)
 
@@ -126,20 +133,26 @@ def choose(name: str, work: Work, block: int | None) -> Path:
         raise unknown("engine", name, ENGINES, "engine")
     require(block is None or block >= 1, f"block: at least 1 client; got {block}")
     if name in ("sequential", "loopback"):
-        return Path(name, SINGLE, 1, "asked for")
+        return Path(name, SINGLE, 1, 1, "asked for")
     reason = work.task.sequential_only or _probe(work)
     if reason:
-        return Path("sequential", SINGLE, 1, reason)
+        return Path("sequential", SINGLE, 1, 1, reason)
     fused = fused_or_reason(work)
     d = max(1, work.split.layout.d + work.split.personal.d)
-    size, way = max(1, min(64, BLOCK_VALUES // d)), VMAP
-    if isinstance(fused, Fused):  # small blocks stay in cache, but the shared first step wants some clients
-        size, way = max(1, min(64, max(FUSED_VALUES // d, min(16, MOST_VALUES // d)))), LAYERS
+    size, part, way = max(1, min(64, BLOCK_VALUES // d)), 64, VMAP
+    if isinstance(fused, Fused):
+        size, part, way = max(1, min(64, max(BLOCK_VALUES // d, min(16, MOST_VALUES // d)))), _part(d), LAYERS
     size = block or size
     why = f"blocks of {size}, " + ("asked for" if block else "by the size of the model")
     if isinstance(fused, str):
         why += f"; not layer by layer: {fused}"
-    return Path("stacked", way, size, why, fused if isinstance(fused, Fused) else None)
+    part = min(part, size) if way == LAYERS else size
+    return Path("stacked", way, size, part, why, fused if isinstance(fused, Fused) else None)
+
+
+def _part(d: int) -> int:
+    """Clients that train at once: as many as stay in cache, or where not even two do, enough to share the first step."""
+    return PART_VALUES // d if 2 * d <= PART_VALUES else 16
 
 
 def _probe(work: Work) -> str:
@@ -160,12 +173,28 @@ def _probe(work: Work) -> str:
 
 
 def build(
-    name: str, work: Work, method: Method, key: Key, *, block: int | None = None, **faults: Any
+    name: str,
+    work: Work,
+    method: Method,
+    key: Key,
+    *,
+    block: int | None = None,
+    workers: int = 1,
+    lose: Lose | None = None,
 ) -> tuple[LocalEngine, Path]:
-    """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible."""
+    """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible.
+
+    workers: processes that train; with more than one the engine must be closed (`engine.crew.close()`).
+    """
     path = choose(name, work, block)
     keep_freed_memory()
-    wired = path.name == "loopback"
+    wired, lift = path.name == "loopback", one if path.path == SINGLE else many
     post = Post(Wired() if wired else Direct(), method.broadcast, work.split.layout, copies=wired)
-    lift = one if path.path == SINGLE else many
-    return LocalEngine(work, method, key, post, lift=lift, block=path.block, fused=path.fused, **faults), path
+    way = path.fused or Plain(work, lift)
+    clients = random.fold(key, "client")
+    trainer = Trainer(work, method.sync, method.batch_size, clients, way, lift, path.width)
+    crew: Crew = Alone(trainer)
+    if workers > 1:
+        require(not wired, "workers: the loopback engine has one process; use stacked or sequential")
+        crew = forked(trainer, workers, lend=method.aggregator.linear)
+    return LocalEngine(work, method, post, crew, lift=lift, block=path.block, lose=lose), path

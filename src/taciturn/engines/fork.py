@@ -1,0 +1,177 @@
+"""Workers as forked processes of this machine, with shared memory between them: Linux.
+
+A child is a copy of this process at the moment of the fork, so data and model are there without being copied. Tensors
+cross in shared memory (`Arena`): the round's model is written once, on a board that all workers read; an answer lies in
+one of the worker's slots until it has been used. Only names and numbers go through the pipe.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taciturn.core.errors import ConfigError, RunError, TaciturnError
+from taciturn.core.state import State
+from taciturn.engines.crew import AHEAD, Gone, Workers
+from taciturn.engines.memory import keep_freed_memory
+from taciturn.engines.train import Trainer
+
+RESERVE = 1 << 36  # bytes of address space of an arena; memory is taken when it is written
+_NORESERVE = 0x4000
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in an arena; shared: on the board."""
+
+    shared: bool
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Arena:
+    """Memory that a process shares with the children it forks."""
+
+    def __init__(self, slots: int = 1, shared: bool = False) -> None:
+        self.shared = shared
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NORESERVE
+        self._memory, self._slot = mmap.mmap(-1, RESERVE * slots, flags=flags), 0
+        self._slots, self._end = slots, 0
+
+    def turn(self) -> None:
+        """Write to the next slot, over what was there."""
+        self._slot = (self._slot + 1) % self._slots
+        self._end = 0
+
+    def put(self, tensor: Tensor) -> _Place:
+        """Copy a tensor in. Errors: `RunError` if it does not fit."""
+        size = tensor.numel() * tensor.element_size()
+        if self._end + size > RESERVE:
+            raise RunError(f"a block's tensors exceed {RESERVE} bytes; a smaller block helps")
+        place = _Place(self.shared, self._slot * RESERVE + self._end, tensor.dtype, tuple(tensor.shape))
+        if size:
+            self.get(place).copy_(tensor)
+        self._end += math.ceil(size / _ALIGN) * _ALIGN
+        return place
+
+    def get(self, place: _Place) -> Tensor:
+        """The tensor there: the memory itself."""
+        count = math.prod(place.shape)
+        if not count:
+            return torch.empty(place.shape, dtype=place.dtype)
+        flat = torch.frombuffer(self._memory, dtype=place.dtype, count=count, offset=place.offset)
+        return flat.view(place.shape)
+
+
+def _walk(tree: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
+    """A tree of dicts, tuples and records with fn applied to every leaf of a kind."""
+    if isinstance(tree, kind):
+        return fn(tree)
+    if isinstance(tree, dict):
+        return {name: _walk(value, kind, fn) for name, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_walk(value, kind, fn) for value in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return type(tree)(**{f.name: _walk(getattr(tree, f.name), kind, fn) for f in fields(tree)})
+    return tree
+
+
+class Forked:
+    """One child, and the talk with it: a worker of crew.py."""
+
+    def __init__(self, trainer: Trainer, board: Arena, ours: list[Connection]) -> None:
+        self._board, self._orders, self._answers = board, Arena(AHEAD + 1), Arena(AHEAD + 1)
+        self._line, theirs = multiprocessing.Pipe()
+        ours.append(self._line)
+        self._ours = ours
+        context = multiprocessing.get_context("fork")
+        job = (trainer, board, self._orders, self._answers, theirs, list(ours))
+        self.process = context.Process(target=_serve, args=job, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def tell(self, command: str, *arguments: Any) -> None:
+        """Send a command. Errors: `Gone`."""
+        self._orders.turn()
+        light = _walk(arguments, Tensor, self._orders.put)
+        try:
+            self._line.send((command, light))
+        except OSError as error:
+            raise Gone from error
+
+    def answer(self) -> Any:
+        """The next answer; its tensors are shared memory. Errors: `Gone`, and what the trainer raised."""
+        try:
+            good, found = self._line.recv()
+        except (OSError, EOFError) as error:
+            raise Gone from error
+        if not good:
+            raise found
+        return _walk(found, _Place, self._answers.get)
+
+    def close(self) -> None:
+        """End the child."""
+        with suppress(ValueError):
+            self._ours.remove(self._line)
+        self._line.close()
+        self.process.join(1.0)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _serve(
+    trainer: Trainer, board: Arena, orders: Arena, answers: Arena, line: Connection, others: list[Connection]
+) -> None:
+    """The child: do what is told until the line closes."""
+    for other in others:
+        other.close()  # else a dead parent would not be noticed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the round, and then the line
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+    def tensor(place: _Place) -> Tensor:
+        return board.get(place) if place.shared else orders.get(place).clone()
+
+    while True:
+        try:
+            command, arguments = line.recv()
+        except (OSError, EOFError):
+            return
+        try:
+            result = getattr(trainer, command)(*_walk(arguments, _Place, tensor))
+            answers.turn()
+            found = True, _walk(result, Tensor, answers.put)
+        except TaciturnError as error:
+            found = False, error
+        except Exception as error:
+            found = False, RunError(f"a worker failed: {type(error).__name__}: {error}")
+        line.send(found)
+
+
+def workers(trainer: Trainer, count: int, lend: bool) -> Workers:
+    """`count` forked workers. Errors: `ConfigError` where processes cannot be forked."""
+    device = trainer.work.split.x0.device
+    if not sys.platform.startswith("linux") or device.type != "cpu":
+        raise ConfigError(f"workers = {count}: worker processes need Linux and the CPU; this is {sys.platform}, {device}")
+    board = Arena(shared=True)
+    ours: list[Connection] = []
+
+    def share(held: State) -> Any:
+        board.turn()
+        return _walk(held, Tensor, board.put)
+
+    return Workers(lambda: Forked(trainer, board, ours), share, count, lend)

@@ -1,0 +1,231 @@
+"""The clients' half of an engine: what happens where the data are, block by block, without a word on the wire.
+
+A `Job` is a block of clients in a round. The trainer cuts it into parts of `width` clients that stay in the processor's
+cache, trains each on a `Way` (plain.py, fused.py), and encodes the block's updates. It keeps nothing between rounds, so
+it can live in another process (crew.py): lost, it is started again and told the round once more.
+
+Symbols: m clients of a block, k of them still training; d shared parameters; T local steps of a stride; b batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from taciturn import client
+from taciturn.client import Work
+from taciturn.core import random
+from taciturn.core.random import Key
+from taciturn.core.state import State, tree_map
+from taciturn.core.types import Batch, Clients, Payload, Record, SyncRule
+
+Lift = Callable[[Callable[..., Any]], Callable[..., Any]]
+Fetch = Callable[[int, int], tuple[Batch, Tensor]]  # step, k -> batches [k, b, ..] with mask, keys [k]
+CHUNK = 256  # samples of a client that are evaluated at once
+
+
+@dataclass(frozen=True)
+class Job:
+    """ids [m]; held: the model they hold; own: their records [m, ..]; limit [m] steps after which each halts."""
+
+    ids: Tensor
+    held: State
+    own: State
+    limit: Tensor
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a block sends, [m, ..] each: encoded update, stats, and what the client keeps once it is accepted."""
+
+    payload: Payload
+    stats: Record
+    kept: State
+
+
+class Way(Protocol):
+    """How a part of a block is trained. A part is any value that the way understands."""
+
+    def begin(self, held: State, start: Tensor, own: State, lr_scale: float) -> Any:
+        """A part at the start of a round: start [m, d] (rows alike), own [m, ..]."""
+        ...
+
+    def advance(self, part: Any, todo: list[int], fetch: Fetch) -> Any:
+        """Local steps: todo[i] of client i, falling -> the part after them."""
+        ...
+
+    def reorder(self, part: Any, order: Tensor) -> Any:
+        """The part with its clients in another order."""
+        ...
+
+    def drift(self, part: Any, out: Tensor) -> None:
+        """Write u = y - start [m, d]."""
+        ...
+
+    def record(self, part: Any) -> State:
+        """The clients' local records (client.py) [m, ..]; y may be missing where the solver is affine."""
+        ...
+
+
+@dataclass
+class _Part:
+    """rows: places in the block of its clients, as the way has them now; value: the way's."""
+
+    rows: Tensor
+    value: Any
+
+
+Advance = Callable[[_Part], None]
+
+
+@dataclass
+class _Open:
+    """A job in work. live, done [m]: who still trains, and how many steps each has done."""
+
+    job: Job
+    start: Tensor
+    live: Tensor
+    done: Tensor
+    parts: list[_Part] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains and encodes the blocks of a round."""
+
+    def __init__(self, work: Work, sync: SyncRule, batch_size: int, key: Key, way: Way, lift: Lift, width: int) -> None:
+        self.work, self.width = work, width
+        self._rule, self._batch = sync, min(batch_size, int(work.task.train.sizes.max()))
+        self._key, self.way, self._lift = key, way, lift
+        self._open: dict[int, _Open] = {}
+
+    def begin(self, held: State, round: int, lr_scale: float, sync: State) -> None:
+        """A new round; jobs of the last one are forgotten. held: for jobs that do not say what their clients hold."""
+        self._held, self._round, self._lr_scale, self._sync, self._open = held, round, lr_scale, sync, {}
+
+    def observe(self, number: int, job: Job | None, steps: int) -> tuple[Payload, Tensor]:
+        """Up to `steps` local steps of each live client of a job -> the rule's payload [m, ..], who goes on [m].
+
+        job: where it is not open yet. Rows of clients that had halted before mean nothing.
+        """
+        opened = self._opened(number, job)
+        opened.parts = opened.parts or self._parts(opened)
+        advance = self._stride(opened, steps)
+        for part in opened.parts:
+            advance(part)
+        u = opened.start.new_empty(opened.start.shape)
+        for part in opened.parts:
+            self._drift(part, u)
+        payload, go = self._lift(lambda u: self._rule.observe(u, self._sync))(u)
+        opened.live = opened.live & go.cpu() & (opened.done < opened.job.limit)
+        return payload, opened.live
+
+    def collect(self, number: int, job: Job | None, steps: int) -> Upload:
+        """`steps` more local steps, then the encoded updates; the job is closed."""
+        opened = self._opened(number, job)
+        del self._open[number]
+        ids, own = opened.job.ids, opened.job.own
+        u = opened.start.new_empty(opened.start.shape)
+        records, advance = [], self._stride(opened, steps)
+        for part in opened.parts or self._parts(opened, lazy=True):
+            advance(part)
+            self._drift(part, u)
+            records.append(self._record(part))
+            part.value = None  # the next part takes its memory
+        local: State = tree_map(lambda *t: torch.cat(t), *records) if len(records) > 1 else records[0]
+        keys = random.fold(self._key, ids, "encode", self._round).to(u.device)
+        return Upload(*self._lift(lambda *a: client.collect(self.work, *a))(local, u, own, keys))
+
+    def measure(self, number: int, job: Job, split: str) -> dict[str, Tensor]:
+        """Sums [m] of the model that clients hold, with their own parts, on their own data of a split."""
+        cut, task, own = self.work.split, self.work.task, job.own
+        data: Clients = task.held_out(split)
+
+        def measure(x: Tensor, v: Tensor, b: Tensor, batch: Payload) -> dict[str, Tensor]:
+            views = cut.layout.views(x), cut.personal.views(v), cut.buffers.views(b)
+            return task.measure(self.work.params(job.held, *views), batch)
+
+        sizes = data.sizes[job.ids]
+        total: dict[str, Tensor] = {}
+        job = job if job.held else replace(job, held=self._held)
+        x = self._start(job)
+        for place in torch.split(torch.arange(int(sizes.max())), CHUNK):
+            index = torch.minimum(place.expand(len(job.ids), -1), sizes.unsqueeze(1) - 1)
+            batch = data.fetch(job.ids, index) | {"mask": (place < sizes.unsqueeze(1)).to(x.device)}
+            sums = self._lift(measure)(x, own["v"], own["b"], batch)
+            total = {name: value.double() + total.get(name, 0.0) for name, value in sums.items()}
+        return {name: value.float() for name, value in total.items()}
+
+    # ------------------------------------------------------------------------------------------------------ parts
+
+    def _start(self, job: Job) -> Tensor:
+        """The model that m clients hold, in the precision they train in: [m, d], one memory."""
+        x: Tensor = job.held["x"].to(self.work.split.x0.dtype)
+        return x.expand(len(job.ids), -1)
+
+    def _opened(self, number: int, job: Job | None) -> _Open:
+        if job is not None:
+            job = job if job.held else replace(job, held=self._held)
+            m = len(job.ids)
+            live, done = torch.ones(m, dtype=torch.bool), torch.zeros(m, dtype=torch.int64)
+            self._open[number] = _Open(job, self._start(job), live, done)
+        return self._open[number]
+
+    def _parts(self, opened: _Open, lazy: bool = False) -> Any:
+        """The block cut into parts; lazy: each is begun when the last is done, so that they use the same memory."""
+
+        def begin(rows: Tensor) -> _Part:
+            a, b = int(rows[0]), int(rows[-1]) + 1
+            own: State = tree_map(lambda t: t[a:b], opened.job.own)
+            return _Part(rows, self.way.begin(opened.job.held, opened.start[a:b], own, self._lr_scale))
+
+        parts = (begin(rows) for rows in torch.split(torch.arange(len(opened.job.ids)), self.width))
+        return parts if lazy else list(parts)
+
+    def _stride(self, opened: _Open, steps: int) -> Advance:
+        """How a part of the job takes up to `steps` steps; what it draws is drawn for the whole block at once."""
+        job, data, done, device = opened.job, self.work.task.train, opened.done, opened.start.device
+        todo = torch.where(opened.live, (job.limit - done).clamp(0, steps), 0)
+        n = int(todo.max())
+        if not n:
+            return lambda part: None
+        keys, sizes, first = random.fold(self._key, job.ids), data.sizes[job.ids], job.own["steps"].cpu() + done
+        index, mask = client.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
+        step_keys = random.fold(keys.unsqueeze(1), first.unsqueeze(1) + torch.arange(n))
+
+        def advance(part: _Part) -> None:
+            mine = todo[part.rows]
+            if bool((mine.diff() > 0).any()):  # some in the middle have halted: those that train come first
+                order = torch.argsort(mine, descending=True, stable=True)
+                part.value, part.rows, mine = self.way.reorder(part.value, order), part.rows[order], mine[order]
+
+            def fetch(t: int, k: int) -> tuple[Batch, Tensor]:
+                """Batches and keys of local step t of the first k clients."""
+                rows = part.rows[:k]
+                now = step_keys[rows, t]
+                batch = data.fetch(job.ids[rows], index[rows, t], now)
+                return batch | {"mask": mask[rows, t].to(device)}, now.to(device)
+
+            part.value = self.way.advance(part.value, mine.tolist(), fetch)
+            done[part.rows] += mine
+
+        return advance
+
+    def _drift(self, part: _Part, u: Tensor) -> None:
+        """Write the part's rows of u."""
+        rows = part.rows
+        if bool((rows.diff() == 1).all()):
+            self.way.drift(part.value, u[int(rows[0]) : int(rows[-1]) + 1])
+            return
+        found = u.new_empty(len(rows), u.shape[1])
+        self.way.drift(part.value, found)
+        u[rows.to(u.device)] = found
+
+    def _record(self, part: _Part) -> State:
+        """The part's local records, in the order of the block."""
+        order = torch.argsort(part.rows)
+        value = part.value if bool((part.rows.diff() == 1).all()) else self.way.reorder(part.value, order)
+        return self.way.record(value)
