@@ -5,9 +5,6 @@ Two small rules: one where the server stops the round, one where each client sto
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
 
@@ -16,40 +13,15 @@ from drive import drive
 from taciturn import participation, solvers
 from taciturn.core.state import equal
 from taciturn.method import Method
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Clients tell ||u||^2 every two steps; the server stops when the mean exceeds theta, which then doubles."""
-
-    silent: ClassVar[bool] = False
-    theta: float = 0.05
-    local: bool = False
-
-    def init(self):
-        return {"theta": torch.tensor(self.theta)}
-
-    def schedule(self, epoch_steps):
-        return torch.full_like(epoch_steps, 7), 2
-
-    def observe(self, u, state):
-        norm = u.square().sum()
-        go = norm <= state["theta"] if self.local else torch.ones((), dtype=torch.bool)
-        return {"norm": norm}, go
-
-    def stop(self, seen, done, state):
-        return not self.local and bool(seen.payload["norm"].mean() > state["theta"])
-
-    def update(self, state, done, stats, change):
-        return {"theta": state["theta"] * 2}
-
+from watching import Watch
 
 METHOD = Method(participation=participation.uniform(count=5), solver=solvers.sgd(lr=0.1, momentum=0.5), batch_size=8)
 
 
+@pytest.mark.parametrize("solver", [METHOD.solver, solvers.sgd(lr=0.1), solvers.adamw(lr=0.01)], ids=repr)
 @pytest.mark.parametrize("rule", [Watch(), Watch(local=True)], ids=["server-stops", "client-stops"])
-def test_engines_agree_under_a_watching_rule(rule):
-    task, method = make_task(), METHOD.replace(sync=rule)
+def test_engines_agree_under_a_watching_rule(rule, solver):
+    task, method = make_task(), METHOD.replace(sync=rule, solver=solver)
     state, engine, stats, traffic = drive(task, method)
     wired, wire, _, wire_traffic = drive(task, method, "loopback")
     stacked, _, stacked_stats, stacked_traffic = drive(task, method, "stacked", block=2)
