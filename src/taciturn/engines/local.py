@@ -65,16 +65,17 @@ class LocalEngine:
         method: Method,
         key: Key,
         post: Post,
+        clients: ClientStore,
         *,
         lift: Lift,
         block: int,
         fused: Fused | None = None,
         lose: Lose | None = None,
     ) -> None:
-        self.work, self.method, self.post, self.block = work, method, post, block
-        self.store = ClientStore(work.newcomer())
-        self._receivers = ClientStore(work.codec.init(work.split.layout)[1])
-        self._key, self._lift, self._lose = random.fold(key, "client"), lift, lose or (lambda round, client: False)
+        self.work, self.method, self.post, self.clients, self.block = work, method, post, clients, block
+        self.store = clients.table("own", work.newcomer())
+        self._receivers = clients.table("receiver", work.codec.init(work.split.layout)[1])
+        self._key, self._lift, self._lose = random.fold(key, "client"), lift, lose
         self._batch = min(method.batch_size, int(work.task.train.sizes.max()))
         self._fused = fused if method.sync.silent else None  # a rule that watches needs step after step
         self._groups: list[_Group] = []
@@ -86,7 +87,9 @@ class LocalEngine:
         """Send each client the frames it lacks; cut the cohort into blocks."""
         self._cast, self._plan, self._sync = cast, plan, sync
         self._owed = 0  # steps that a silent rule has asked for; they run when the block is collected
-        self._groups, self._pending, self.post.round = [], [], plan.round
+        self._groups, self._pending = [], []
+        self.post.begin(plan.round)
+        self.clients.touch(plan.ids)
         self.post.enrol(plan.ids, self.work.task.train.sizes[plan.ids])
         order = torch.argsort(plan.limit, descending=True, stable=True)  # blocks of equal length, the longest first
         for where in torch.split(order, self.block):
@@ -157,11 +160,9 @@ class LocalEngine:
         if len(suspects):  # still overflow, so that the suspects are looked at value by value
             status[suspects[~torch.isfinite(updates[suspects]).all(1)].cpu()] = BAD_UPDATE
         status[~torch.isfinite(stats["loss"])] = BAD_LOSS
-        for place, i in enumerate(group.ids.tolist()):
-            if self._lose(self._plan.round, i):
-                status[place] = LOST
-            else:
-                self.post.acknowledge(i, self._cast)
+        if self._lose is not None:
+            status[torch.tensor([self._lose(self._plan.round, i) for i in group.ids.tolist()])] = LOST
+        self.post.acknowledge(group.ids[status != LOST], self._cast)
         good = (status == OK).to(updates.device)
         if not good.all():
             updates = torch.where(good.unsqueeze(1), updates, 0.0)
@@ -220,6 +221,7 @@ class LocalEngine:
         evaluation never saves a later round its bytes.
         """
         data = self.work.task.held_out(split)
+        self.post.expect(ids)
         found = []
         for part in torch.split(ids, self.block):
             held = self.post.model("evaluate", part, cast)
@@ -248,13 +250,11 @@ class LocalEngine:
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
     def export(self) -> State:
-        """What clients own, what the server keeps of them, and the state of the post."""
-        return {"clients": self.store.export(), "receivers": self._receivers.export(), "post": self.post.export()}
+        """What a checkpoint must hold: the state of the post. What is kept of each client is in `clients`."""
+        return {"post": self.post.export()}
 
     def restore(self, state: State) -> None:
         """The inverse of `export`."""
-        self.store.restore(state.get("clients", {}))
-        self._receivers.restore(state.get("receivers", {}))
         self.post.restore(state["post"])
 
 

@@ -28,6 +28,7 @@ from taciturn.engines.fused import build as fused_or_reason
 from taciturn.engines.local import LocalEngine
 from taciturn.engines.memory import keep_freed_memory
 from taciturn.engines.post import Post
+from taciturn.engines.store import ClientStore
 from taciturn.method import Method
 from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
 
@@ -166,6 +167,7 @@ def build(
     path = choose(name, work, block)
     keep_freed_memory()
     wired = path.name == "loopback"
-    post = Post(Wired() if wired else Direct(), method.broadcast, work.split.layout, copies=wired)
+    clients, split = ClientStore(len(work.task.train.sizes)), work.split
+    post = Post(Wired() if wired else Direct(), method.broadcast, split.layout, clients, split.x0, copies=wired)
     lift = one if path.path == SINGLE else many
-    return LocalEngine(work, method, key, post, lift=lift, block=path.block, fused=path.fused, **faults), path
+    return LocalEngine(work, method, key, post, clients, lift=lift, block=path.block, fused=path.fused, **faults), path
