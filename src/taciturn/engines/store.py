@@ -116,9 +116,12 @@ class ClientStore:
                 if number < oldest:
                     _journal(self._folder, number).unlink()
 
+    def describe(self) -> dict[str, Any]:
+        """What the rows of each table look like, as plain JSON."""
+        return {table.name: table.describe() for table in self._tables}
+
     def _description(self) -> dict[str, Any]:
-        tables = {table.name: table.describe() for table in self._tables}
-        return {"format": FORMAT, "clients": self._clients, "tables": tables}
+        return {"format": FORMAT, "clients": self._clients, "tables": self.describe()}
 
     def _check(self, path: Path) -> None:
         try:
