@@ -201,9 +201,11 @@ def test_a_recovery_that_dies_can_be_done_again(tmp_path, monkeypatch):
     for left in (0, 1, 1):
         with pytest.raises(KeyboardInterrupt):
             in_folder(tables, tmp_path, 3)
-    left = 9
+    left, events, flush = 9, [], Rows.flush
+    monkeypatch.setattr(Rows, "flush", lambda table: (events.append(left), flush(table)))
     _, rows = in_folder(tables, tmp_path, 3)
     assert equal(content(rows), before) and left == 8
+    assert events == [9, 9], "rows are on the disk before the last journal goes"
 
 
 def test_the_journal_is_on_the_disk_before_a_row_changes(tmp_path, monkeypatch):

@@ -103,3 +103,12 @@ def test_a_clients_own_model_is_found_by_name():
     own = {name: result.client(name).state_dict()["head.weight"] for name in result.header["clients"]}
     fresh = result.tensors["head.weight"]
     assert [i for i, head in enumerate(own.values()) if not torch.equal(head, fresh)] == sorted(cohort)
+
+
+def test_a_result_does_not_speak_for_clients_that_moved_on(tmp_path):
+    first = taciturn.run(experiment(rounds=2), out=tmp_path)
+    assert first.client("site-0") is not None
+    second = taciturn.run(experiment(rounds=6), out=tmp_path, resume=True)
+    with pytest.raises(RunError, match="ask the result of the resumed run"):
+        first.client("site-0")
+    assert second.client("site-0") is not None

@@ -116,6 +116,10 @@ class ClientStore:
                 if number < oldest:
                     _journal(self._folder, number).unlink()
 
+    def moved_on(self) -> bool:
+        """True if another run went on in the folder since this store's last commit, so that rows are not its own."""
+        return self._folder is not None and any(number >= self._round for number in _journals(self._folder))
+
     def describe(self) -> dict[str, Any]:
         """What the rows of each table look like, as plain JSON."""
         return {table.name: table.describe() for table in self._tables}

@@ -378,6 +378,8 @@ def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None
     def client(name: str) -> dict[str, Tensor]:
         if name not in names:
             raise DataError(f"there is no client {name!r}")
+        if run.engine.clients.moved_on():
+            raise RunError(f"{folder} was resumed, and its clients have moved on; ask the result of the resumed run")
         own = run.engine.store.read(torch.tensor([names.index(name)]))
         return tensors(own["v"][0], own["b"][0])
 
