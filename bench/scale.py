@@ -97,10 +97,9 @@ def measure(n: int, rounds: int) -> None:
         called = time.perf_counter()
         data = Federation(Drawn(n, "train", images, labels), "classification", 10, test=Drawn(n, "test", images, labels))
         task = Task(lambda: nn.Sequential(nn.Linear(64, 9), nn.Tanh(), nn.Linear(9, 10)), data)
-        method = Method(partition=partition.layers(personal="head"), participation=draw, solver=solvers.sgd(lr=0.3))
-        experiment = Experiment(
-            task, method.replace(sync=sync.every(epochs=2), batch_size=8), rounds=rounds, evaluate_every=10, evaluate_count=COHORT
-        )
+        method = Method(partition=partition.layers(personal="head"), participation=draw, sync=sync.every(epochs=2))
+        method = method.replace(solver=solvers.sgd(lr=0.3), batch_size=8)
+        experiment = Experiment(task, method, rounds=rounds, evaluate_every=10, evaluate_count=COHORT)
         result = taciturn.run(
             experiment, out=folder, callbacks=[lambda line: clock.append((time.process_time(), time.perf_counter()))]
         )

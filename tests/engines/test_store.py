@@ -198,7 +198,8 @@ def test_a_recovery_that_dies_can_be_done_again(tmp_path, monkeypatch):
         real(*arguments, **named)
 
     monkeypatch.setattr(os, "unlink", unlink)
-    for left in (0, 1, 1):
+    for allowed in (0, 1, 1):
+        left = allowed
         with pytest.raises(KeyboardInterrupt):
             in_folder(tables, tmp_path, 3)
     left, events, flush = 9, [], Rows.flush

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from test_run import METHOD, experiment, without_clock
 
 import taciturn
 from taciturn import participation
@@ -17,7 +18,6 @@ from taciturn.experiment.config import from_table, to_table
 from taciturn.experiment.record import read_header
 from taciturn.report.read import read_run
 from taciturn.report.tables import clients_of
-from test_run import METHOD, experiment, without_clock
 
 
 def test_evaluate_count_draws_some_and_moves_no_byte_of_training():
