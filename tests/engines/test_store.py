@@ -130,6 +130,22 @@ def test_a_million_clients_cost_what_took_part(tmp_path):
     assert table.read(ids)["v"].eq(1).all()
 
 
+@pytest.mark.parametrize("floats", [1000, 1024, 5000])
+def test_rows_of_pages_have_their_place_on_the_disk(tmp_path, floats):
+    store = ClientStore(40)
+    table = store.table("own", {"v": torch.zeros(floats)})
+    store.create(tmp_path)
+    free = (tmp_path / "clients.own").stat().st_blocks
+    ids, values = torch.tensor([39, 3, 4, 17]), torch.rand(4, floats)
+    table._reserve(ids.numpy())
+    reserved = (tmp_path / "clients.own").stat().st_blocks
+    assert reserved >= free + 3 * floats * 4 // 512
+    table.write(ids, {"v": values})
+    store.flush()
+    assert (tmp_path / "clients.own").stat().st_blocks == reserved, "writing took no more"
+    assert torch.equal(table.read(ids)["v"], values) and not table.read(torch.tensor([5]))["v"].any()
+
+
 # ---------------------------------------------------------------------------------------------------------- commit
 
 steps = st.one_of(
