@@ -32,6 +32,7 @@ from taciturn.engines.local import LocalEngine, Lose
 from taciturn.engines.memory import keep_freed_memory
 from taciturn.engines.plain import Plain
 from taciturn.engines.post import Post
+from taciturn.engines.store import ClientStore
 from taciturn.engines.train import Trainer
 from taciturn.method import Method
 from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
@@ -188,13 +189,13 @@ def build(
     """
     path = choose(name, work, block)
     keep_freed_memory()
-    wired, lift = path.name == "loopback", one if path.path == SINGLE else many
-    post = Post(Wired() if wired else Direct(), method.broadcast, work.split.layout, copies=wired)
-    way = path.fused or Plain(work, lift)
-    clients = random.fold(key, "client")
-    trainer = Trainer(work, method.sync, method.batch_size, clients, way, lift, path.width)
+    wired, lift, split = path.name == "loopback", one if path.path == SINGLE else many, work.split
+    clients = ClientStore(len(work.task.train.sizes))
+    post = Post(Wired() if wired else Direct(), method.broadcast, split.layout, clients, split.x0, copies=wired)
+    way, own_key = path.fused or Plain(work, lift), random.fold(key, "client")
+    trainer = Trainer(work, method.sync, method.batch_size, own_key, way, lift, path.width)
     crew: Crew = Alone(trainer)
     if workers > 1:
         require(not wired, "workers: the loopback engine has one process; use stacked or sequential")
         crew = forked(trainer, workers, lend=method.aggregator.linear)
-    return LocalEngine(work, method, post, crew, lift=lift, block=path.block, lose=lose), path
+    return LocalEngine(work, method, post, clients, crew, lift=lift, block=path.block, lose=lose), path
