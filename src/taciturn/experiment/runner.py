@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -37,7 +37,16 @@ from taciturn.tasks.built import BuiltTask
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LISTED = 10_000  # clients whose names are in run.json; with more, each evaluation names its own
-MAY_DIFFER = ("rounds", "stop_at", "checkpoint_every", "evaluate_every", "evaluate_clients_every", "target", "name")
+MAY_DIFFER = (
+    "rounds",
+    "workers",
+    "stop_at",
+    "checkpoint_every",
+    "evaluate_every",
+    "evaluate_clients_every",
+    "target",
+    "name",
+)
 
 
 @dataclass
@@ -70,7 +79,7 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     name, block = experiment.engine, experiment.block
     if header is not None:  # the path was chosen when the run began
         name, block = header["engine"]["name"], header["engine"]["block"]
-    engine, path = build(name, work, method, key, block=block, **faults)
+    engine, path = build(name, work, method, key, block=block, workers=experiment.workers, **faults)
     if header is not None and path.path != header["engine"]["path"]:
         raise RunError(
             f"the run began on the path {header['engine']['path']!r} and this machine takes {path.path!r} ({path.why}); "
@@ -119,7 +128,7 @@ def run(
 def _loop(run: _Run, header: dict[str, Any], folder: RunFolder | None, callbacks: Sequence[Callback]) -> Result:
     experiment, began = run.experiment, time.perf_counter() - run.seconds
     stopped = _stop_reason(run)
-    with _interrupts() as interrupted:
+    with closing(run.engine.crew), _interrupts() as interrupted:
         while not stopped:
             try:
                 stats = _round(run)
@@ -299,7 +308,7 @@ def _header(run: _Run) -> dict[str, Any]:
         "versions": {"taciturn": version("taciturn"), "torch": torch.__version__, "python": platform.python_version()},
         "experiment": to_table(run.experiment),
         "seed": run.experiment.seed,
-        "engine": {"name": run.path.name, "path": run.path.path, "block": run.path.block, "why": run.path.why},
+        "engine": {name: getattr(run.path, name) for name in ("name", "path", "block", "width", "why")},
         "threads": torch.get_num_threads(),
         "randomness": run.task.facts.randomness,
         "layout": split.layout.fingerprint,
