@@ -41,8 +41,11 @@ PROGRAMS = Path(__file__).parent / "peer_programs"
 RATE = 0.1
 RUN_SECONDS = 600  # a run that takes longer is stopped
 MEMORY_EVERY = 0.5  # seconds between two looks at the memory
+MEDIANS = (
+    "cpu_seconds", "wall_seconds", "startup_seconds", "peak_mib", "steps", "accuracy_start", "accuracy", "test_loss",
+)  # fmt: skip
 LEARNED = 0.1  # least gain of test accuracy over the start, in a run that counts
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 XLA = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu"}
 
@@ -171,8 +174,7 @@ class Book:
         found: dict[str, Any] = {"reasons": self.reasons}
         for name, rows in self.runs.items():
             if rows:
-                keys = ("cpu_seconds", "wall_seconds", "startup_seconds", "peak_mib", "steps", "accuracy_start", "accuracy", "test_loss")
-                found[name] = {key: median(row[key] for row in rows) for key in keys}
+                found[name] = {key: median(row[key] for row in rows) for key in MEDIANS}
                 cpu = [row["cpu_seconds"] for row in rows]
                 found[name] |= {"cpu_seconds_range": [min(cpu), max(cpu)], "runs": len(rows)}
                 found[name] |= {key: rows[-1][key] for key in ("processes", "processes_ended")}

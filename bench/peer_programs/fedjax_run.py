@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from clock import Clock, Job, Score, job, score
 
-for name in ("tree_flatten", "tree_leaves", "tree_map", "tree_structure", "tree_unflatten"):  # gone from jax, FedJAX uses them
+# names that jax has removed and FedJAX still uses
+for name in ("tree_flatten", "tree_leaves", "tree_map", "tree_structure", "tree_unflatten"):
     setattr(jax, name, getattr(jax.tree_util, name))
 
 import fedjax  # noqa: E402
@@ -55,7 +56,7 @@ def model_of(asked: Job) -> fedjax.Model:
 
 
 def converted(asked: Job, like: Any) -> Any:
-    """The file's weights in the shapes of `like`: [out, in, h, w] -> [h, w, in, out], channels last before the first layer."""
+    """The file's weights in the shapes of `like`: [out, in, h, w] -> [h, w, in, out], channels last."""
     arrays = list(asked.weights.values())
     pairs = list(zip(arrays[::2], arrays[1::2], strict=True))
     params = {}

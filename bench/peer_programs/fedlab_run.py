@@ -1,7 +1,7 @@
 """FedLab: its standalone pipeline, SyncServerHandler and SGDSerialClientTrainer; a client's batches are cut from tensors.
 
-FedLab imports torchvision for data sets that are not used here; an empty stand-in serves. A client's loader is an iterable of
-shuffled slices instead of a DataLoader, which the trainer takes as well and which is cheaper.
+FedLab imports torchvision for data sets that are not used here; an empty stand-in serves. A client's loader is an iterable
+of shuffled slices instead of a DataLoader, which the trainer takes as well and which is cheaper.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ClientApp of the Flower run, in a module of its own: a Ray worker imports it once, and keeps data and model in memory."""
+"""The ClientApp of the Flower run, in a module of its own: a Ray worker imports it once and keeps data and model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Flower: its FedAvg strategy through the Message API on the simulation engine (Ray), one CPU a client.
 
-One SuperNode a client of the pool; the ClientApp keeps data and model in the worker between messages. The strategy draws its
-nodes, and each message names the client whose data the node takes, so that cohorts are the same in all frameworks. The clock
-stands in the strategy's own hook after a round (`evaluate_fn`); nothing is evaluated between the first and the last.
+One SuperNode a client of the pool; the ClientApp keeps data and model in the worker between messages. The strategy draws
+its nodes, and each message names the client whose data the node takes, so that cohorts are the same in all frameworks. The
+clock stands in the strategy's own hook after a round (`evaluate_fn`); nothing is evaluated between the first and the last.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def main() -> None:
     rows = torch.arange(len(fields["target"])).split(asked.samples)
     train = TableClients.of(fields, {f"c{i}": part for i, part in enumerate(rows)})
     one = {"input": torch.from_numpy(asked.test_x[:1]), "target": torch.from_numpy(asked.test_y[:1])}
-    central = TableClients.of(one, {"server": torch.arange(1)})  # a run evaluates its last round; the clock should not see it
+    central = TableClients.of(one, {"server": torch.arange(1)})  # the last round is evaluated: inside the clock, so on one
     model = started(asked)
     method = Method(
         participation=participation.uniform(count=asked.cohort), solver=solvers.sgd(lr=asked.lr), batch_size=asked.batch
