@@ -1,8 +1,9 @@
 """CPU seconds of a round of other frameworks over ours, side by side, with equal work shown.
 
 Every framework runs W1 and W2 of `bench.engine` in a process of its own (`bench/peer_programs`), the peers in virtual
-environments of their own (build/peers, made on first use), with one thread a process: the same images, start weights,
-cohorts, batch and learning rate, on its recommended way to simulate. Measured are user + system seconds of the whole
+environments of their own (build/peers, made on first use): the same images, start weights, cohorts, batch and learning
+rate, on its recommended way to simulate, with one thread a process. Programs of one process get one core (without that
+XLA's threads cost FedJAX half as much again), Flower all of them, with a worker on each. Measured are user + system seconds of the whole
 process tree from the end of round 2 to the end of the last round. Before every run of a peer there is one of ours, and
 their quotient is one repeat; a published ratio is the median over repeats. A run counts only if it took the expected
 number of SGD steps and learned; otherwise the figure is null with a reason. Linux only (/proc).
@@ -15,10 +16,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,6 +43,7 @@ PEERS = ("flwr", "pfl", "fedjax", "fedlab")
 NAMES = ("W1", "W2")
 PROGRAMS = Path(__file__).parent / "peer_programs"
 RATE = 0.1
+MANY_PROCESSES = ("flwr",)  # on one core its polling beside its worker would cost it more CPU, not less
 RUN_SECONDS = 600  # a run that takes longer is stopped
 MEMORY_EVERY = 0.5  # seconds between two looks at the memory
 MEDIANS = (
@@ -90,6 +95,17 @@ def _watch(root: int, ended: threading.Event, peak: list[int]) -> None:
         peak[0] = max(peak[0], sum(map(_memory, tree(root))))
 
 
+@contextmanager
+def _cores(name: str) -> Iterator[None]:
+    """What this thread starts inside gets one core; what has worker processes gets all."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, allowed if name in MANY_PROCESSES else {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def one_run(name: str, file: Path, workload: str, rounds: int, seed: int) -> dict[str, Any]:
     """One process to its end. Errors: `RuntimeError` with the last line of what it said."""
     python = Path(sys.executable) if name == "ours" else interpreter(name)
@@ -100,16 +116,18 @@ def one_run(name: str, file: Path, workload: str, rounds: int, seed: int) -> dic
         if name == "ours":
             environment["PYTHONPATH"] = str(ROOT / "src")
         with open(Path(folder) / "err", "w+") as told:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=told, text=True, cwd=folder, env=environment, start_new_session=True
-            )
+            with _cores(name):
+                process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=told, text=True, cwd=folder, env=environment
+                )
             ended, peak = threading.Event(), [0]
             watcher = threading.Thread(target=_watch, args=(process.pid, ended, peak), daemon=True)
             watcher.start()
             try:
                 said, _ = process.communicate(timeout=RUN_SECONDS)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
+                for pid in tree(process.pid):
+                    os.kill(pid, signal.SIGKILL)
                 raise RuntimeError(f"stopped after {RUN_SECONDS} s") from None
             finally:
                 ended.set()
@@ -135,11 +153,10 @@ def refused(row: dict[str, Any], workload: str, rounds: int) -> str:
 class Book:
     """Runs of one workload by name, quotients by peer, and reasons where there is none."""
 
-    def __init__(self, workload: str, rounds: int) -> None:
-        self.workload, self.rounds = workload, rounds
+    def __init__(self, workload: str, rounds: int, missing: dict[str, str]) -> None:
+        self.workload, self.rounds, self.reasons = workload, rounds, dict(missing)
         self.runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *PEERS)}
         self.ratios: dict[str, list[float]] = {name: [] for name in PEERS}
-        self.reasons: dict[str, str] = {}
 
     def pair(self, peer: str, file: Path, seed: int) -> None:
         """Ours, then the peer; a peer that failed once is not tried again."""
@@ -183,6 +200,17 @@ class Book:
         return found
 
 
+def prepared() -> dict[str, str]:
+    """Make the peers' environments; -> {peer: why it has none}."""
+    reasons = {}
+    for peer in PEERS:
+        try:
+            interpreter(peer)
+        except RuntimeError as error:
+            reasons[peer] = str(error)
+    return reasons
+
+
 def show(books: dict[str, Book]) -> None:
     """The table for people."""
     table = Table("workload", "framework", "CPU s a round", "/ ours", "range", "wall s", "start s", "peak MiB", "accuracy")
@@ -205,8 +233,9 @@ def show(books: dict[str, Book]) -> None:
 def main() -> None:
     """Both workloads, all peers."""
     quick = arguments(__doc__).quick
-    repeats, rounds = (1, {"W1": 4, "W2": 8}) if quick else (5, {"W1": 10, "W2": 20})
-    books = {workload: Book(workload, rounds[workload]) for workload in NAMES}
+    repeats, rounds = (1, {"W1": 8, "W2": 10}) if quick else (5, {"W1": 10, "W2": 20})
+    missing = prepared()
+    books = {workload: Book(workload, rounds[workload], missing) for workload in NAMES}
     with tempfile.TemporaryDirectory(prefix="peers") as folder:
         for workload in NAMES:
             write(workload, Path(folder) / f"{workload}.npz", repeats, rounds[workload])
