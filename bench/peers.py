@@ -2,10 +2,9 @@
 
 Every framework runs W1 and W2 of `bench.engine` in a process of its own (`bench/peer_programs`), the peers in virtual
 environments of their own (build/peers, made on first use): the same images, start weights, cohorts, batch and learning
-rate, on its recommended way to simulate, with one thread a process. Programs of one process get one core (without that
-XLA's threads cost FedJAX half as much again), Flower all of them, with a worker on each. Measured are user + system seconds of the whole
-process tree from the end of round 2 to the end of the last round. Before every run of a peer there is one of ours, and
-their quotient is one repeat; a published ratio is the median over repeats. A run counts only if it took the expected
+rate, on its recommended way to simulate, with one computing thread a process. Measured are user + system seconds of the
+whole process tree from the end of round 2 to the end of the last round. Before every run of a peer there is one of ours,
+and their quotient is one repeat; a published ratio is the median over repeats. A run counts only if it took the expected
 number of SGD steps and learned; otherwise the figure is null with a reason. Linux only (/proc).
 
     W1  1,000 clients, 100 a round, 60 samples, MLP 784-200-200-10, batch 10, one epoch, SGD 0.1
@@ -21,8 +20,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,7 +40,6 @@ PEERS = ("flwr", "pfl", "fedjax", "fedlab")
 NAMES = ("W1", "W2")
 PROGRAMS = Path(__file__).parent / "peer_programs"
 RATE = 0.1
-MANY_PROCESSES = ("flwr",)  # on one core its polling beside its worker would cost it more CPU, not less
 RUN_SECONDS = 600  # a run that takes longer is stopped
 MEMORY_EVERY = 0.5  # seconds between two looks at the memory
 MEDIANS = (
@@ -52,7 +48,8 @@ MEDIANS = (
 LEARNED = 0.1  # least gain of test accuracy over the start, in a run that counts
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-XLA = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu"}
+# XLA sizes its thread pool by NPROC; left alone, its threads cost FedJAX up to half as much CPU again
+XLA = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu"}
 
 
 def write(name: str, file: Path, seeds: int, rounds: int) -> None:
@@ -95,17 +92,6 @@ def _watch(root: int, ended: threading.Event, peak: list[int]) -> None:
         peak[0] = max(peak[0], sum(map(_memory, tree(root))))
 
 
-@contextmanager
-def _cores(name: str) -> Iterator[None]:
-    """What this thread starts inside gets one core; what has worker processes gets all."""
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, allowed if name in MANY_PROCESSES else {max(allowed)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
-
-
 def one_run(name: str, file: Path, workload: str, rounds: int, seed: int) -> dict[str, Any]:
     """One process to its end. Errors: `RuntimeError` with the last line of what it said."""
     python = Path(sys.executable) if name == "ours" else interpreter(name)
@@ -116,10 +102,7 @@ def one_run(name: str, file: Path, workload: str, rounds: int, seed: int) -> dic
         if name == "ours":
             environment["PYTHONPATH"] = str(ROOT / "src")
         with open(Path(folder) / "err", "w+") as told:
-            with _cores(name):
-                process = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=told, text=True, cwd=folder, env=environment
-                )
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True, cwd=folder, env=environment)
             ended, peak = threading.Event(), [0]
             watcher = threading.Thread(target=_watch, args=(process.pid, ended, peak), daemon=True)
             watcher.start()
