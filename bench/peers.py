@@ -44,6 +44,7 @@ RUN_SECONDS = 600  # a run that takes longer is stopped
 MEMORY_EVERY = 0.5  # seconds between two looks at the memory
 MEDIANS = (
     "cpu_seconds", "wall_seconds", "startup_seconds", "peak_mib", "steps", "accuracy_start", "accuracy", "test_loss",
+    "load",
 )  # fmt: skip
 LEARNED = 0.1  # least gain of test accuracy over the start, in a run that counts
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
@@ -119,7 +120,7 @@ def one_run(name: str, file: Path, workload: str, rounds: int, seed: int) -> dic
             lines, complaints = said.strip().splitlines(), told.read().strip().splitlines()
     if process.returncode or not lines:
         raise RuntimeError(f"exit status {process.returncode}: {(complaints or ['no word'])[-1][:300]}")
-    return json.loads(lines[-1]) | {"peak_mib": round(peak[0] / 2**20)}
+    return json.loads(lines[-1]) | {"peak_mib": round(peak[0] / 2**20), "load": os.getloadavg()[0]}
 
 
 def refused(row: dict[str, Any], workload: str, rounds: int) -> str:
@@ -216,7 +217,7 @@ def show(books: dict[str, Book]) -> None:
 def main() -> None:
     """Both workloads, all peers."""
     quick = arguments(__doc__).quick
-    repeats, rounds = (1, {"W1": 8, "W2": 10}) if quick else (5, {"W1": 10, "W2": 20})
+    repeats, rounds = (1, {"W1": 6, "W2": 8}) if quick else (5, {"W1": 10, "W2": 20})
     missing = prepared()
     books = {workload: Book(workload, rounds[workload], missing) for workload in NAMES}
     with tempfile.TemporaryDirectory(prefix="peers") as folder:

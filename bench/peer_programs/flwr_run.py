@@ -82,7 +82,12 @@ def main() -> None:
         num_supernodes=asked.clients,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": cores, "log_to_driver": False, "_temp_dir": str(Path.cwd() / "ray")},
+            "init_args": {
+                "address": "local",
+                "num_cpus": cores,
+                "log_to_driver": False,
+                "_temp_dir": str(Path.cwd() / "ray"),
+            },
         },
     )
     clock.report(("flwr", "ray", "torch"), seen["steps"], seen["start"], seen["end"], workers=cores)
