@@ -12,13 +12,15 @@ output. In the first local step of a round all clients hold the same weights: `s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from taciturn.engines.late import Late
 
 Weights = dict[str, Tensor]  # name -> [m, *shape], or [*shape] where all clients hold the same
 
@@ -37,12 +39,16 @@ class Sink(Protocol):
 
 @dataclass
 class Step:
-    """One local step of a block: weights, where gradients go, and how the clients share the flat batch axis."""
+    """One local step of a block: weights, where gradients go, and how the clients share the flat batch axis.
+
+    shared: all clients hold `weights` without a client axis; late: weights of linear layers that nobody forms (late.py).
+    """
 
     weights: Weights
     sink: Sink
     m: int
     shared: bool
+    late: dict[str, Late] = field(default_factory=dict)
 
     def apart(self, x: Tensor) -> Tensor:
         """[m b, ..] -> [m, b, ..]."""
@@ -79,11 +85,25 @@ class Layer(Protocol):
 Run = Callable[..., Any]  # (step, inputs .., options ..) -> output
 
 
+_anchor = torch.empty(0, requires_grad=True)
+
+
 def call(layer: Layer, step: Step, x: Tensor) -> Tensor:
     """The layer as a node of autograd."""
-    anchor = torch.empty(0, requires_grad=True, device=x.device)
-    output: Tensor = _Layer.apply(x, anchor, layer, step)  # type: ignore[no-untyped-call]
+    output: Tensor = _Layer.apply(x, _anchor, layer, step)  # type: ignore[no-untyped-call]
     return output
+
+
+def linear_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that `Linear` applies, among modules that `layer_of` knows."""
+    found = set()
+    for name, module in model.named_modules():
+        run = layer_of(module, name)
+        if isinstance(run, Attention):
+            found |= {run.inner.weight, run.outer.weight}
+        elif isinstance(run, partial) and isinstance(run.args[0], Linear):
+            found.add(run.args[0].weight)
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,22 +114,30 @@ class Linear:
     bias: str | None
 
     def forward(self, step: Step, x: Tensor) -> Tensor:
-        """One product for all clients where they share W, else one a client (`baddbmm`)."""
-        w, c = step.weights[self.weight], step.weights.get(self.bias or "")
-        if step.shared:
-            return F.linear(x, w, c)
-        rows = step.apart(x).flatten(1, -2)
-        y = torch.bmm(rows, w.mT) if c is None else torch.baddbmm(c.unsqueeze(1), rows, w.mT)
-        return y.reshape(*x.shape[:-1], w.shape[-2])
+        """One product a client (`baddbmm`), or through `Late`."""
+        c = None if self.bias is None else step.weights[self.bias]
+        if (late := step.late.get(self.weight)) is not None:
+            y = late.forward(x.reshape(-1, x.shape[-1]), step.m)
+            if c is not None:
+                y.view(step.m, -1, y.shape[-1]).add_(c if step.shared else c.unsqueeze(1))
+        else:
+            w, rows = step.weights[self.weight], x.reshape(step.m, -1, x.shape[-1])
+            y = torch.bmm(rows, w.mT) if c is None else torch.baddbmm(c.unsqueeze(1), rows, w.mT)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
         """dx = g W, then the weights."""
-        w = step.weights[self.weight]
-        rows, grads = step.apart(x).flatten(1, -2), step.apart(g).flatten(1, -2)
+        grads = g.reshape(step.m, -1, g.shape[-1])
         dx = None
-        if needs_x:
-            dx = g @ w if step.shared else torch.bmm(grads, w).reshape(x.shape)
-        step.sink.product(self.weight, grads.mT, rows)
+        if (late := step.late.get(self.weight)) is not None:
+            flat, rows = g.view(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+            if needs_x:
+                dx = late.backward(flat, step.m).view(x.shape)
+            late.learn(flat, rows, step.m)
+        else:
+            if needs_x:
+                dx = torch.bmm(grads, step.weights[self.weight]).view(x.shape)
+            step.sink.product(self.weight, grads.mT, x.reshape(step.m, -1, x.shape[-1]))
         if self.bias is not None:
             step.sink.add(self.bias, grads.sum(1))
         return dx

@@ -40,8 +40,7 @@ from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema
 ENGINES = ("auto", "loopback", "sequential", "stacked")
 VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
 BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block
-PART_VALUES = 1_000_000  # layer by layer: of the clients that train at once, so that their weights stay in cache
-MOST_VALUES = 64_000_000  # of a block of a large model, whose first step wants some clients that share it
+LAYER_VALUES = 32_000_000  # the same, layer by layer: of their updates
 
 
 def one(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +122,6 @@ class Path:
     name: str
     path: str
     block: int
-    width: int
     why: str
     fused: Fused | None = field(default=None, repr=False, compare=False)
 
@@ -134,26 +132,18 @@ def choose(name: str, work: Work, block: int | None) -> Path:
         raise unknown("engine", name, ENGINES, "engine")
     require(block is None or block >= 1, f"block: at least 1 client; got {block}")
     if name in ("sequential", "loopback"):
-        return Path(name, SINGLE, 1, 1, "asked for")
+        return Path(name, SINGLE, 1, "asked for")
     reason = work.task.sequential_only or _probe(work)
     if reason:
-        return Path("sequential", SINGLE, 1, 1, reason)
+        return Path("sequential", SINGLE, 1, reason)
     fused = fused_or_reason(work)
     d = max(1, work.split.layout.d + work.split.personal.d)
-    size, part, way = max(1, min(64, BLOCK_VALUES // d)), 64, VMAP
-    if isinstance(fused, Fused):
-        size, part, way = max(1, min(64, max(BLOCK_VALUES // d, min(16, MOST_VALUES // d)))), _part(d), LAYERS
-    size = block or size
+    most = min(25, LAYER_VALUES // d) if isinstance(fused, Fused) else min(64, BLOCK_VALUES // d)
+    size = block or max(1, most)
     why = f"blocks of {size}, " + ("asked for" if block else "by the size of the model")
     if isinstance(fused, str):
-        why += f"; not layer by layer: {fused}"
-    part = min(part, size) if way == LAYERS else size
-    return Path("stacked", way, size, part, why, fused if isinstance(fused, Fused) else None)
-
-
-def _part(d: int) -> int:
-    """Clients that train at once: as many as stay in cache, or where not even two do, enough to share the first step."""
-    return PART_VALUES // d if 2 * d <= PART_VALUES else 16
+        return Path("stacked", VMAP, size, f"{why}; not layer by layer: {fused}")
+    return Path("stacked", LAYERS, size, why, fused)
 
 
 def _probe(work: Work) -> str:
@@ -193,7 +183,7 @@ def build(
     clients = ClientStore(len(work.task.train.sizes))
     post = Post(Wired() if wired else Direct(), method.broadcast, split.layout, clients, split.x0, copies=wired)
     way, own_key = path.fused or Plain(work, lift), random.fold(key, "client")
-    trainer = Trainer(work, method.sync, method.batch_size, own_key, way, lift, path.width)
+    trainer = Trainer(work, method.sync, method.batch_size, own_key, way, lift)
     crew: Crew = Alone(trainer)
     if workers > 1:
         require(not wired, "workers: the loopback engine has one process; use stacked or sequential")

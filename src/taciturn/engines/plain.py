@@ -30,7 +30,11 @@ class Plain:
     work: Work
     lift: Lift
 
-    def begin(self, held: State, start: Tensor, own: State, lr_scale: float) -> _Part:
+    def width(self, steps: int, batch: int) -> int:
+        """The whole block."""
+        return 1 << 30
+
+    def begin(self, held: State, start: Tensor, own: State, lr_scale: float, steps: int) -> _Part:
         """The local records at the start of a round."""
         local = self.lift(lambda x, o: client.begin(self.work, x, o))(start, own)
         return _Part(held, local, torch.tensor(lr_scale, dtype=start.dtype, device=start.device))

@@ -1,8 +1,8 @@
 """The clients' half of an engine: what happens where the data are, block by block, without a word on the wire.
 
-A `Job` is a block of clients in a round. The trainer cuts it into parts of `width` clients that stay in the processor's
-cache, trains each on a `Way` (plain.py, fused.py), and encodes the block's updates. It keeps nothing between rounds, so
-it can live in another process (crew.py): lost, it is started again and told the round once more.
+A `Job` is a block of clients in a round. The trainer cuts it into parts that suit the processor's cache, trains each on a
+`Way` (plain.py, fused.py), and encodes the block's updates. It keeps nothing between rounds, so it can live in another
+process (crew.py): lost, it is started again and told the round once more.
 
 Symbols: m clients of a block, k of them still training; d shared parameters; T local steps of a stride; b batch size.
 """
@@ -50,8 +50,12 @@ class Upload:
 class Way(Protocol):
     """How a part of a block is trained. A part is any value that the way understands."""
 
-    def begin(self, held: State, start: Tensor, own: State, lr_scale: float) -> Any:
-        """A part at the start of a round: start [m, d] (rows alike), own [m, ..]."""
+    def width(self, steps: int, batch: int) -> int:
+        """How many clients train best at once, for so many steps in the round."""
+        ...
+
+    def begin(self, held: State, start: Tensor, own: State, lr_scale: float, steps: int) -> Any:
+        """A part at the start of a round: start [m, d] (rows alike), own [m, ..]; steps: the most of a client."""
         ...
 
     def advance(self, part: Any, todo: list[int], fetch: Fetch) -> Any:
@@ -96,8 +100,8 @@ class _Open:
 class Trainer:
     """Trains and encodes the blocks of a round."""
 
-    def __init__(self, work: Work, sync: SyncRule, batch_size: int, key: Key, way: Way, lift: Lift, width: int) -> None:
-        self.work, self.width = work, width
+    def __init__(self, work: Work, sync: SyncRule, batch_size: int, key: Key, way: Way, lift: Lift) -> None:
+        self.work = work
         self._rule, self._batch = sync, min(batch_size, int(work.task.train.sizes.max()))
         self._key, self.way, self._lift = key, way, lift
         self._open: dict[int, _Open] = {}
@@ -180,9 +184,11 @@ class Trainer:
         def begin(rows: Tensor) -> _Part:
             a, b = int(rows[0]), int(rows[-1]) + 1
             own: State = tree_map(lambda t: t[a:b], opened.job.own)
-            return _Part(rows, self.way.begin(opened.job.held, opened.start[a:b], own, self._lr_scale))
+            return _Part(rows, self.way.begin(opened.job.held, opened.start[a:b], own, self._lr_scale, steps))
 
-        parts = (begin(rows) for rows in torch.split(torch.arange(len(opened.job.ids)), self.width))
+        steps = int(opened.job.limit.max())
+        width = self.way.width(steps, self._batch)
+        parts = (begin(rows) for rows in torch.split(torch.arange(len(opened.job.ids)), width))
         return parts if lazy else list(parts)
 
     def _stride(self, opened: _Open, steps: int) -> Advance:
@@ -201,13 +207,13 @@ class Trainer:
             if bool((mine.diff() > 0).any()):  # some in the middle have halted: those that train come first
                 order = torch.argsort(mine, descending=True, stable=True)
                 part.value, part.rows, mine = self.way.reorder(part.value, order), part.rows[order], mine[order]
+            ids, samples, real, drawn = (t[part.rows] for t in (job.ids, index, mask, step_keys))
 
             def fetch(t: int, k: int) -> tuple[Batch, Tensor]:
                 """Batches and keys of local step t of the first k clients."""
-                rows = part.rows[:k]
-                now = step_keys[rows, t]
-                batch = data.fetch(job.ids[rows], index[rows, t], now)
-                return batch | {"mask": mask[rows, t].to(device)}, now.to(device)
+                now = drawn[:k, t]
+                batch = data.fetch(ids[:k], samples[:k, t], now)
+                return batch | {"mask": real[:k, t].to(device)}, now.to(device)
 
             part.value = self.way.advance(part.value, mine.tolist(), fetch)
             done[part.rows] += mine
