@@ -78,9 +78,8 @@ class Direct:
         return len(schema.text)
 
     def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
-        """The payload itself, and `nbytes` of each row."""
-        sizes = torch.vmap(nbytes)(payload) if payload else torch.zeros(len(ids), dtype=torch.int64)
-        return payload, sizes
+        """The payload itself, and the bytes of each row: the same for all, as payloads have fixed shapes."""
+        return payload, nbytes(row(payload, 0)).expand(len(ids))
 
 
 @dataclass
