@@ -131,7 +131,7 @@ class Workers:
         if not isinstance(found, Upload):
             return tuple(clone(one) for one in found) if isinstance(found, tuple) else clone(found)
         payload = found.payload if self._lend else clone(found.payload)
-        return Upload(payload, clone(found.stats), clone(found.kept))
+        return replace(found, payload=payload, stats=clone(found.stats), kept=clone(found.kept))
 
     def _tell(self, post: _Post, *message: Any) -> None:
         post.told.append(message)

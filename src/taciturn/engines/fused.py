@@ -222,6 +222,17 @@ class Fused:
             else:
                 torch.sub(part.own[name].reshape(len(out), -1), x, out=place)
 
+    def total(self, part: _Part, weights: Tensor) -> Tensor:
+        """Sum of weights [m] times drift -> [d]; what nobody has formed is summed as factors."""
+        if self._affine is None:
+            drifts: Tensor = part.begun["solver"]["y"] - part.start
+            return weights @ drifts
+        sums = []
+        for name, x in part.base.items():
+            late = part.late.get(name)
+            sums.append(weights @ (part.own[name] - x).reshape(len(weights), -1) if late is None else late.total(weights))
+        return torch.cat(sums)
+
     def record(self, part: _Part) -> State:
         """The local records; where the solver is affine without y, which `drift` has told."""
         solver = part.begun["solver"]

@@ -76,6 +76,18 @@ class Late:
             w = place.view(self.base.shape)
             torch.addmm(w, h[:count].T, x[:count], beta=0, alpha=-self.lr, out=w)
 
+    def total(self, weights: Tensor) -> Tensor:
+        """Sum over clients of weight [m] times W - W0 -> [o i]: one product over the rows of all."""
+        o, i = self.base.shape
+        if not self.filled:
+            return self.base.new_zeros(o * i)
+        x, h = self._x[:, : self.filled], self._h[:, : self.filled] * weights[:, None, None]
+        if int(self._counts.min()) < self.filled:  # rows that a client has not written
+            mine = (torch.arange(self.filled) < self._counts.unsqueeze(1)).to(x.device).unsqueeze(2)
+            x, h = torch.where(mine, x, 0.0), torch.where(mine, h, 0.0)
+        w = self.base.new_empty(o, i)
+        return torch.addmm(w, h.reshape(-1, o).T, x.reshape(-1, i), beta=0, alpha=-self.lr, out=w).flatten()
+
     def weight(self) -> Tensor:
         """W [m, o, i], formed."""
         w = self.base.new_empty(self._m, *self.base.shape)

@@ -162,6 +162,21 @@ def _probe(work: Work) -> str:
     return ""
 
 
+def sends_drift(work: Work) -> bool:
+    """True if what arrives of a client is its drift itself and nothing else depends on it: then a sum of drifts is enough."""
+    layout, no_state = (
+        work.split.layout,
+        not work.solver.init(work.split) and work.codec.init(work.split.layout) == ({}, {}),
+    )
+    if work.codec.lossy or not no_state:
+        return False
+    u = random.normal(random.key(0), layout.d).to(work.split.x0)
+    message, kept = work.solver.message(client.begin(work, work.split.x0, work.newcomer())["solver"], u)
+    payload, _ = work.codec.encode(message, {}, random.key(0), layout=layout, knobs={})
+    decoded, _ = work.codec.decode(payload, {}, layout=layout)
+    return not kept and torch.equal(decoded, u)
+
+
 def build(
     name: str,
     work: Work,
@@ -187,4 +202,5 @@ def build(
     if workers > 1:
         require(not wired, "workers: the loopback engine has one process; use stacked or sequential")
         crew = forked(trainer, workers, lend=method.aggregator.linear)
-    return LocalEngine(work, method, post, clients, crew, lift=lift, block=path.block, lose=lose), path
+    summed = path.fused is not None and method.aggregator.linear and sends_drift(work)
+    return LocalEngine(work, method, post, clients, crew, lift=lift, block=path.block, summed=summed, lose=lose), path

@@ -58,6 +58,12 @@ class Plain:
         """u = y - start."""
         out.copy_(self.lift(lambda local: client.drift(self.work, local))(part.local))
 
+    def total(self, part: _Part, weights: Tensor) -> Tensor:
+        """The drifts, summed."""
+        u = part.lr_scale.new_empty(len(weights), self.work.split.layout.d)
+        self.drift(part, u)
+        return weights @ u
+
     def record(self, part: _Part) -> State:
         """The records themselves."""
         return part.local
