@@ -312,8 +312,9 @@ def _compare(work: Work, fused: Fused, tolerance: float) -> None:
 
     one = work.newcomer()
     part = fused.begin(held, x0.expand(2, -1), tree_map(lambda t: t.expand(2, *t.shape), one), 1.0, 2)
-    part = fused.advance(part, [2, 2], fetch)
+    part = fused.advance(part, [1, 1], fetch)
     fused.note_rows(part, 2)
+    part = fused.advance(part, [1, 1], lambda t, k: fetch(t + 1, k))
     got, u = fused.record(part), x0.new_empty(2, len(x0))
     fused.drift(part, u)
     for j in range(2):

@@ -58,12 +58,16 @@ class Late:
         g, x = g.view(k, -1, g.shape[-1]), x.view(k, -1, x.shape[-1])
         if not self.filled:
             self.rows = x.shape[1]
-            room = max(self.rows, min(self.most // self.rows, self._steps) * self.rows)
-            self._x, self._h = (t.new_empty(self._m, room, t.shape[-1]) for t in (x, g))
+            room = min(self.most // self.rows, self._steps) * self.rows
+            if room > self.rows:
+                self._x, self._h = (t.new_empty(self._m, room, t.shape[-1]) for t in (x, g))
+            else:  # one step is all that is kept: as it is
+                self._x, self._h = x, g = x.detach(), g.detach()
         elif self._shrink != 1.0:
             self._h[:k, : self.filled] *= self._shrink
         place = slice(self.filled, self.filled + self.rows)
-        self._x[:k, place], self._h[:k, place] = x, g
+        if self._x is not x:
+            self._x[:k, place], self._h[:k, place] = x, g
         self.filled = place.stop
         self._counts[:k] = place.stop
 
@@ -90,6 +94,8 @@ class Late:
 
     def weight(self) -> Tensor:
         """W [m, o, i], formed."""
+        if self.filled and int(self._counts.min()) == self.filled:
+            return torch.baddbmm(self.base, self._h[:, : self.filled].mT, self._x[:, : self.filled], alpha=-self.lr)
         w = self.base.new_empty(self._m, *self.base.shape)
         self.drift(w.view(self._m, -1))
         return w.add_(self.base)

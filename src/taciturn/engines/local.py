@@ -9,6 +9,7 @@ Symbols: M clients of the cohort in plan order; m clients of a block; own: the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -83,7 +84,7 @@ class LocalEngine:
         self.clients.touch(plan.ids)
         self.post.enrol(plan.ids, self.work.task.train.sizes[plan.ids])
         order = torch.argsort(plan.limit, descending=True, stable=True)  # blocks of equal length, the longest first
-        for where in torch.split(order, self.block):
+        for where in torch.split(order, self._size(len(order))):
             ids = plan.ids[where]
             held = self.post.model("model", ids, cast)
             self._groups.append(_Group(where, ids, held, torch.ones(len(ids), dtype=torch.bool)))
@@ -92,6 +93,11 @@ class LocalEngine:
             self.post.message("down", "monitor", plan.ids, rows)
         self.crew.begin(cast.held, plan.round, plan.lr_scale, sync)
         self.post.ledger.exchange()
+
+    def _size(self, m: int) -> int:
+        """Clients of each block: as few blocks of at most `block` as give everyone some work."""
+        blocks = max(math.ceil(m / self.block), self.crew.count)
+        return math.ceil(m / blocks)
 
     def advance(self, steps: int) -> Observations:
         """Local steps; with a silent rule they are only noted, and run block by block in `collect`."""
@@ -187,7 +193,7 @@ class LocalEngine:
         The model's way down and the sums' way up are counted as "evaluate"; the client does not keep this model, so an
         evaluation never saves a later round its bytes.
         """
-        parts = torch.split(ids, self.block)
+        parts = torch.split(ids, self._size(len(ids)))
         self.crew.begin(cast.held, cast.source, 1.0, {})
         self.post.expect(ids)
 

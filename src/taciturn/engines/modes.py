@@ -40,7 +40,7 @@ from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema
 ENGINES = ("auto", "loopback", "sequential", "stacked")
 VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
 BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block
-LAYER_VALUES = 32_000_000  # the same, layer by layer: of their updates
+LAYER_VALUES = 64_000_000  # the same, layer by layer, where few of them are formed
 
 
 def one(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +137,7 @@ def choose(name: str, work: Work, block: int | None) -> Path:
         return Path("sequential", SINGLE, 1, reason)
     fused = fused_or_reason(work)
     d = max(1, work.split.layout.d + work.split.personal.d)
-    most = min(25, LAYER_VALUES // d) if isinstance(fused, Fused) else min(64, BLOCK_VALUES // d)
+    most = min(50, LAYER_VALUES // d) if isinstance(fused, Fused) else min(64, BLOCK_VALUES // d)
     size = block or max(1, most)
     why = f"blocks of {size}, " + ("asked for" if block else "by the size of the model")
     if isinstance(fused, str):
@@ -163,12 +163,9 @@ def _probe(work: Work) -> str:
 
 
 def sends_drift(work: Work) -> bool:
-    """True if what arrives of a client is its drift itself and nothing else depends on it: then a sum of drifts is enough."""
-    layout, no_state = (
-        work.split.layout,
-        not work.solver.init(work.split) and work.codec.init(work.split.layout) == ({}, {}),
-    )
-    if work.codec.lossy or not no_state:
+    """True if what arrives of a client is its drift and nothing else depends on it, so that a sum of drifts is enough."""
+    layout = work.split.layout
+    if work.codec.lossy or work.codec.init(layout) != ({}, {}) or work.solver.init(work.split):
         return False
     u = random.normal(random.key(0), layout.d).to(work.split.x0)
     message, kept = work.solver.message(client.begin(work, work.split.x0, work.newcomer())["solver"], u)
