@@ -10,7 +10,6 @@ affine step y <- y - lr (g + mu (y - x)).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.optim.adamw import adamw as adamw_kernel
 from taciturn import client
 from taciturn.client import Work
 from taciturn.core.state import State, flatten, tree_map, unflatten
-from taciturn.core.types import Batch, Solver
+from taciturn.core.types import Batch
 from taciturn.core.vector import Layout
 from taciturn.engines.graph import Refusal, rewrite
 from taciturn.engines.late import Late
@@ -93,8 +92,8 @@ def _joined(weights: Weights, layout: Layout, like: Tensor) -> Tensor:
 
 @dataclass
 class _Part:
-    """Clients in work. base: x by name; begun: their records; affine solvers: own, weights [m, *shape] - fresh: not written
-    yet - and late, those that nobody has formed.
+    """Clients in work. base: x by name; begun: their records; own: weights [m, *shape] - fresh: not written yet; late:
+    those that nobody has formed (affine solvers); moments: of AdamW. Other solvers keep flat vectors in their records.
     """
 
     start: Tensor
@@ -105,6 +104,7 @@ class _Part:
     done: Tensor
     own: Weights
     late: dict[str, Late]
+    moments: dict[str, tuple[Tensor, Tensor]]
     fresh: bool = False
 
 
@@ -120,6 +120,8 @@ class Fused:
         names = frozenset(split.layout.names + split.personal.names)
         self.work = work
         self._affine = work.solver.affine()
+        self._adam = work.solver if isinstance(work.solver, adamw) and work.solver.clip is None else None
+        self._flat = self._affine is None and self._adam is None
         self._program = rewrite(task.model, names)
         self._base = split.layout.views(split.x0)
         self._linear = dict.fromkeys(linear_weights(task.model) & set(split.layout.names), 1)  # rows of each for a sample
@@ -131,7 +133,7 @@ class Fused:
         split = self.work.split
         d = split.layout.d + split.personal.d
         if self._affine is None:
-            return max(1, PART_VALUES // d)
+            return max(1, PART_VALUES // (2 * d))
         late = (w.numel() for name, w in self._base.items() if self._stays(name, steps * batch))
         return WIDE if steps == 1 or 2 * sum(late) > d else max(1, PART_VALUES // d)
 
@@ -142,28 +144,35 @@ class Fused:
         return samples * self._linear[name] * (o + i) <= o * i
 
     def begin(self, held: State, start: Tensor, own: State, lr_scale: float, steps: int) -> _Part:
-        """Affine solvers: weights by layer, each dense, as a batch of products wants them. Others: flat records."""
+        """Weights by layer, each dense, as a batch of products wants them; for other solvers flat records."""
         m, split = len(start), self.work.split
-        begun: State = torch.vmap(lambda x, o: client.begin(self.work, x, o))(start, own)
         base = split.layout.views(start[0])
-        part = _Part(start, base, begun, lr_scale, start.new_zeros(m), torch.zeros(m, dtype=torch.int64), {}, {})
-        if self._affine is None:
+        if self._adam is not None:
+            begun: State = {"solver": {"v": own["v"]}, "b": own["b"], "start": start}
+        else:
+            begun = torch.vmap(lambda x, o: client.begin(self.work, x, o))(start, own)
+        part = _Part(start, base, begun, lr_scale, start.new_zeros(m), torch.zeros(m, dtype=torch.int64), {}, {}, {})
+        if self._flat:
             dense = {name: t.clone(memory_format=torch.contiguous_format) for name, t in flatten(begun["solver"]).items()}
             begun["solver"] = unflatten(dense)
             return part
-        v, (lr, mu) = split.personal.views(begun["solver"]["v"]), self._affine
-        part.late = {name: Late(x, m, lr * lr_scale, mu, steps) for name, x in base.items() if name in self._linear}
-        part.own = {name: x.new_empty(m, *x.shape) for name, x in base.items() if name not in self._linear}
+        if self._affine is not None:
+            lr, mu = self._affine
+            part.late = {name: Late(x, m, lr * lr_scale, mu, steps) for name, x in base.items() if name in self._linear}
+        v = split.personal.views(begun["solver"]["v"])
+        part.own = {name: x.new_empty(m, *x.shape) for name, x in base.items() if name not in part.late}
         part.fresh = not split.personal.d  # then the first step is shared, and writes the weights
         if not part.fresh:
             for name, w in part.own.items():
                 w.copy_(base[name])
         part.own |= {name: w.clone(memory_format=torch.contiguous_format) for name, w in v.items()}
+        if self._adam is not None:
+            part.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in part.own.items()}
         return part
 
     def advance(self, part: _Part, todo: list[int], fetch: Fetch) -> _Part:
         """Local steps, each on the clients that still train."""
-        one = self._general if self._affine is None else self._fold
+        one = self._general if self._flat else self._fold if self._affine is not None else self._moments
         k = len(todo)
         for t in range(todo[0]):
             while todo[k - 1] <= t:
@@ -185,6 +194,25 @@ class Fused:
         part.fresh = False
         return losses
 
+    def _moments(self, part: _Part, k: int, t: int, batch: Batch, keys: Tensor) -> Tensor:
+        """AdamW: the gradients of all layers, then torch's fused kernel -> losses [k]."""
+        solver, found = self._adam, _Gather({})
+        assert solver is not None
+        mine = part.own if k == len(part.losses) else {name: w[:k] for name, w in part.own.items()}
+        losses = self._backward(Step(part.base if part.fresh else mine, found, k, part.fresh), batch, keys)
+        if part.fresh:
+            for name, w in mine.items():
+                w.copy_(part.base[name])
+            part.fresh = False
+        done = losses.new_tensor(float(int(part.done[0]) + t), dtype=torch.float32)
+        adamw_kernel(
+            list(mine.values()), [found.found[name].reshape(w.shape).contiguous() for name, w in mine.items()],
+            [part.moments[name][0][:k] for name in mine], [part.moments[name][1][:k] for name in mine], [],
+            [done.clone() for _ in mine], fused=True, amsgrad=False, beta1=solver.betas[0], beta2=solver.betas[1],
+            lr=solver.lr * part.lr_scale, weight_decay=solver.weight_decay, eps=solver.eps, maximize=False,
+        )  # fmt: skip
+        return losses
+
     def _general(self, part: _Part, k: int, t: int, batch: Batch, keys: Tensor) -> Tensor:
         """Any solver that asks for one gradient a step, at (y, v): the gradient is gathered, then the solver steps."""
         split = self.work.split
@@ -193,8 +221,12 @@ class Fused:
         losses = self._backward(Step(weights, gradients, k, False), batch, keys)
         g_y = _joined(gradients.found, split.layout, live["y"])
         g_v = _joined(gradients.found, split.personal, live["v"])
-        before = int(part.done[0]) + t
-        stepper(self.work.solver, losses.new_tensor(part.lr_scale))(live, losses, g_y, g_v, before)
+        solver, lr_scale = self.work.solver, losses.new_tensor(part.lr_scale)
+
+        def advance(one: State, loss: Tensor, g_y: Tensor, g_v: Tensor) -> State:
+            return solver.step(one, {}, lambda y, v, batch: (loss, g_y, g_v), lr_scale)[0]
+
+        tree_map(lambda old, new: old.copy_(new), live, torch.vmap(advance)(live, losses, g_y, g_v))
         return losses
 
     def note_rows(self, part: _Part, samples: int) -> None:
@@ -207,11 +239,12 @@ class Fused:
         for late in part.late.values():
             late.reorder(order)
         own, begun = ({name: w[at] for name, w in part.own.items()}, tree_map(lambda t: t[at], part.begun))
-        return replace(part, own=own, begun=begun, losses=part.losses[at], done=part.done[order])
+        moments = {name: (m[at], s[at]) for name, (m, s) in part.moments.items()}
+        return replace(part, own=own, begun=begun, moments=moments, losses=part.losses[at], done=part.done[order])
 
     def drift(self, part: _Part, out: Tensor) -> None:
         """u = y - start: the weights joined, in one pass."""
-        if self._affine is None:
+        if self._flat:
             torch.sub(part.begun["solver"]["y"], part.start, out=out)
             return
         layout = self.work.split.layout
@@ -224,7 +257,7 @@ class Fused:
 
     def total(self, part: _Part, weights: Tensor) -> Tensor:
         """Sum of weights [m] times drift -> [d]; what nobody has formed is summed as factors."""
-        if self._affine is None:
+        if self._flat:
             drifts: Tensor = part.begun["solver"]["y"] - part.start
             return weights @ drifts
         sums = []
@@ -234,9 +267,9 @@ class Fused:
         return torch.cat(sums)
 
     def record(self, part: _Part) -> State:
-        """The local records; where the solver is affine without y, which `drift` has told."""
+        """The local records; without y where weights are kept by layer, as `drift` has told it."""
         solver = part.begun["solver"]
-        if self._affine is not None:
+        if not self._flat:
             solver = {name: t for name, t in solver.items() if name != "y"}
             solver["v"] = _joined(part.own, self.work.split.personal, solver["v"])
         return part.begun | {"solver": solver, "done": part.done.to(part.start.device), "loss": part.losses}
@@ -252,34 +285,6 @@ class Fused:
             share /= share.sum(1, keepdim=True).clamp_(min=1)
             torch.autograd.backward(values, share.flatten())
         return (values.detach().view_as(share) * share).sum(1)
-
-
-def stepper(solver: Solver, lr_scale: Tensor) -> Callable[[State, Tensor, Tensor, Tensor, int], None]:
-    """(record [k, ..], losses [k], g_y [k, d], g_v [k, p], t) -> nothing: one step of the solver, in place.
-
-    AdamW is one pass of torch's fused kernel; every other solver is its own text under `torch.vmap`.
-    """
-
-    def advance(one: State, loss: Tensor, g_y: Tensor, g_v: Tensor) -> State:
-        return solver.step(one, {}, lambda y, v, batch: (loss, g_y, g_v), lr_scale)[0]
-
-    def general(live: State, losses: Tensor, g_y: Tensor, g_v: Tensor, t: int) -> None:
-        moved = torch.vmap(advance)(live, losses, g_y, g_v)
-        tree_map(lambda old, new: old.copy_(new), live, moved)
-
-    def kernel(live: State, losses: Tensor, g_y: Tensor, g_v: Tensor, t: int) -> None:
-        names = [name for name in "yv" if live[name].numel()]
-        done = [losses.new_tensor(float(t), dtype=torch.float32) for _ in names]
-        b1, b2 = solver.betas  # type: ignore[attr-defined]
-        adamw_kernel(
-            [live[name] for name in names], [{"y": g_y, "v": g_v}[name] for name in names],
-            [live[f"m_{name}"] for name in names], [live[f"s_{name}"] for name in names], [],
-            done, fused=True, amsgrad=False, beta1=b1, beta2=b2,
-            lr=solver.lr * float(lr_scale), weight_decay=solver.weight_decay, eps=solver.eps, maximize=False,  # type: ignore[attr-defined]
-        )  # fmt: skip
-        live["t"].add_(1)
-
-    return kernel if isinstance(solver, adamw) and solver.clip is None else general
 
 
 def build(work: Work, tolerance: float = 1e-4) -> Fused | str:

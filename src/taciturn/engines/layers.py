@@ -114,12 +114,14 @@ class Linear:
     bias: str | None
 
     def forward(self, step: Step, x: Tensor) -> Tensor:
-        """One product a client (`baddbmm`), or through `Late`."""
+        """Through `Late`; else one product for all where they share W, or one a client (`baddbmm`)."""
         c = None if self.bias is None else step.weights[self.bias]
         if (late := step.late.get(self.weight)) is not None:
             y = late.forward(x.reshape(-1, x.shape[-1]), step.m)
             if c is not None:
                 y.view(step.m, -1, y.shape[-1]).add_(c if step.shared else c.unsqueeze(1))
+        elif step.shared:
+            y = F.linear(x, step.weights[self.weight], c)
         else:
             w, rows = step.weights[self.weight], x.reshape(step.m, -1, x.shape[-1])
             y = torch.bmm(rows, w.mT) if c is None else torch.baddbmm(c.unsqueeze(1), rows, w.mT)
@@ -136,7 +138,8 @@ class Linear:
             late.learn(flat, rows, step.m)
         else:
             if needs_x:
-                dx = torch.bmm(grads, step.weights[self.weight]).view(x.shape)
+                w = step.weights[self.weight]
+                dx = g @ w if step.shared else torch.bmm(grads, w).view(x.shape)
             step.sink.product(self.weight, grads.mT, x.reshape(step.m, -1, x.shape[-1]))
         if self.bias is not None:
             step.sink.add(self.bias, grads.sum(1))

@@ -9,7 +9,7 @@ Symbols: m clients of a block, k of them still training; d shared parameters; T 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ CHUNK = 256  # samples of a client that are evaluated at once
 
 @dataclass(frozen=True)
 class Job:
-    """ids [m]; held: the model they hold; own: their records [m, ..]; limit [m] steps after which each halts."""
+    """ids [m]; held: the model they hold; own: their records [m, ..]; limit [m] steps after which each halts, falling."""
 
     ids: Tensor
     held: State
@@ -130,7 +130,7 @@ class Trainer:
         job: where it is not open yet. Rows of clients that had halted before mean nothing.
         """
         opened = self._opened(number, job)
-        opened.parts = opened.parts or self._parts(opened)
+        opened.parts = opened.parts or list(self._parts(opened))
         advance = self._stride(opened, steps)
         u = opened.start.new_empty(opened.start.shape)
         for part in opened.parts:
@@ -148,7 +148,7 @@ class Trainer:
         m, d = opened.start.shape
         u = opened.start.new_empty(d if weights is not None else (m, d)).expand(m, d)
         total, finite, records, advance = u.new_zeros(d), torch.ones(m, dtype=torch.bool), [], self._stride(opened, steps)
-        for part in opened.parts or self._parts(opened, lazy=True):
+        for part in opened.parts or self._parts(opened):
             advance(part)
             self._settle(part)
             records.append(self.way.record(part.value))
@@ -201,18 +201,15 @@ class Trainer:
             self._open[number] = _Open(job, self._start(job), live, done)
         return self._open[number]
 
-    def _parts(self, opened: _Open, lazy: bool = False) -> Any:
-        """The block cut into parts; lazy: each is begun when the last is done, so that they use the same memory."""
-
-        def begin(rows: Tensor) -> _Part:
-            a, b = int(rows[0]), int(rows[-1]) + 1
-            own: State = tree_map(lambda t: t[a:b], opened.job.own)
-            return _Part(rows, self.way.begin(opened.job.held, opened.start[a:b], own, self._lr_scale, steps))
-
-        steps = int(opened.job.limit.max())
-        width = self.way.width(steps, self._batch)
-        parts = (begin(rows) for rows in torch.split(torch.arange(len(opened.job.ids)), width))
-        return parts if lazy else list(parts)
+    def _parts(self, opened: _Open) -> Iterator[_Part]:
+        """The block cut into parts, clients with the most steps first; each is begun when the last is done."""
+        job, a, m = opened.job, 0, len(opened.job.ids)
+        while a < m:
+            steps = int(job.limit[a])
+            b = min(m, a + self.way.width(steps, self._batch))
+            own: State = tree_map(lambda t, a=a, b=b: t[a:b], job.own)
+            yield _Part(torch.arange(a, b), self.way.begin(job.held, opened.start[a:b], own, self._lr_scale, steps))
+            a = b
 
     def _stride(self, opened: _Open, steps: int) -> Advance:
         """How a part of the job takes up to `steps` steps; what it draws is drawn for the whole block at once."""
