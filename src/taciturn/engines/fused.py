@@ -28,7 +28,7 @@ from taciturn.engines.layers import Step, Weights, linear_weights
 from taciturn.engines.train import Fetch
 from taciturn.solvers import adamw
 
-PART_VALUES = 1_000_000  # floats of the weights that train at once, so that they stay in cache
+PART_VALUES = 5_000_000  # floats of the weights that train at once: few for the cache, many for less Python a client
 WIDE = 50  # clients that train at once where most weights are not formed
 
 
@@ -133,7 +133,7 @@ class Fused:
         split = self.work.split
         d = split.layout.d + split.personal.d
         if self._affine is None:
-            return max(1, PART_VALUES // (2 * d))
+            return max(1, PART_VALUES // d)
         late = (w.numel() for name, w in self._base.items() if self._stays(name, steps * batch))
         return WIDE if steps == 1 or 2 * sum(late) > d else max(1, PART_VALUES // d)
 
