@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import sys
 
 import pytest
+import torch
 from test_run import experiment
 
 import taciturn
@@ -28,3 +31,13 @@ def test_the_block_is_read_from_the_record(tmp_path):
     header["engine"]["block"] = 3
     (tmp_path / "run.json").write_text(json.dumps(header))
     assert prepare(experiment(), header).engine.block == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked: Linux")
+def test_a_run_may_go_on_with_other_workers(tmp_path):
+    alone = taciturn.run(experiment(rounds=4))
+    taciturn.run(experiment(rounds=2, workers=2), out=tmp_path)
+    resumed = taciturn.run(experiment(rounds=4, workers=3), out=tmp_path, resume=True)
+    assert all(torch.equal(alone.tensors[name], value) for name, value in resumed.tensors.items())
+    assert [line["traffic"] for line in alone.history] == [line["traffic"] for line in resumed.history]
+    assert multiprocessing.active_children() == []

@@ -25,7 +25,7 @@ def test_engines_agree_under_a_watching_rule(rule, solver):
     state, engine, stats, traffic = drive(task, method)
     wired, wire, _, wire_traffic = drive(task, method, "loopback")
     stacked, _, stacked_stats, stacked_traffic = drive(task, method, "stacked", block=2)
-    assert torch.equal(state.x, wired.x) and equal(engine.export()["clients"], wire.export()["clients"])
+    assert torch.equal(state.x, wired.x) and equal(engine.store.export(), wire.store.export())
     assert float((state.x - stacked.x).norm() / state.x.norm()) <= 1e-5
     assert traffic == wire_traffic == stacked_traffic
     for one, many in zip(stats, stacked_stats, strict=True):

@@ -91,7 +91,7 @@ def test_block_size_changes_no_draw_and_no_byte(shared_task):
 def test_personal_and_only_personal_parameters_stay(shared_task):
     method = BASE.replace(partition=PARTITIONS["head"], participation=participation.cyclic(count=4))
     _, engine, _, _ = drive(shared_task, method, rounds=2)
-    v = torch.stack([own["v"] for own in engine.store._rows.values()])
+    v = engine.store.export()["rows"]["v"]
     assert len(v) == 8 and v.shape[1] == 8 * 3 + 3
     assert len(torch.unique(v, dim=0)) == 8, "personal heads must differ"
 
@@ -112,8 +112,8 @@ def test_personal_parameters_are_in_no_message(shared_task):
     fed_round(start(split.x0, method), ids, shared_task.train.sizes, method, engine, split.layout, random.key(1))
     wire = b"".join(seen)
     assert split.x0.numpy().tobytes()[:64] in wire, "the tap sees the shared model"
-    for own in engine.store._rows.values():
-        assert own["v"].numpy().tobytes()[:16] not in wire
+    for v in engine.store.export()["rows"]["v"]:
+        assert v.numpy().tobytes()[:16] not in wire
     for sample in shared_task.data.train.fields["input"]:
         assert sample.numpy().tobytes()[:16] not in wire
 
@@ -124,7 +124,7 @@ def test_batchnorm_with_personal_norms_runs_and_one_by_one():
     state, engine, _, _ = drive(task, method, "auto", rounds=2)
     other, loop, _, _ = drive(task, method, "loopback", rounds=2)
     assert torch.equal(state.x, other.x) and equal(engine.store.export(), loop.store.export())
-    means = torch.stack([own["b"] for own in engine.store._rows.values()])
+    means = engine.store.export()["rows"]["b"]
     assert len(torch.unique(means, dim=0)) == 4 and not torch.equal(means[0], torch.zeros_like(means[0]))
 
 

@@ -94,6 +94,15 @@ def equal(a: Any, b: Any) -> bool:
     return bool(torch.equal(*raw))
 
 
+def sync_folder(folder: Path) -> None:
+    """See the names of a folder to the disk: what was made, renamed or deleted there."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file so that a reader, or a crash at any moment, sees the old content or the new, never a part of it."""
     temporary, kept = path.with_name(path.name + ".part"), "what was there before is kept"
@@ -105,11 +114,7 @@ def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         kept = "it is written, but may not survive a power cut"
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; {kept}") from error
     finally:

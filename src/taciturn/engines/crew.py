@@ -96,11 +96,11 @@ class Workers:
         self, hire: Callable[[], Worker], share: Callable[[State], Any], count: int, lend: bool, retries: int = 3
     ) -> None:
         self._hire, self._share, self._lend, self._retries = hire, share, lend, retries
-        self._posts = [_Post(hire()) for _ in range(count)]
-        self.deaths = 0
+        self._count, self._posts, self.deaths = count, list[_Post](), 0
 
     def begin(self, held: State, round: int, lr_scale: float, sync: State) -> None:
         """A new round, for all."""
+        self._posts = self._posts or [_Post(self._hire()) for _ in range(self._count)]
         self._bad, shared = 0, self._share(held)
         for post in self._posts:
             post.told, post.answered = [], 0
@@ -121,9 +121,10 @@ class Workers:
             yield self._kept(self._answer(waiting.popleft()))
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers; the next round hires new ones."""
         for post in self._posts:
             post.worker.close()
+        self._posts = []
 
     def _kept(self, found: Any) -> Any:
         """An answer without memory of the worker, but for payloads that are lent."""

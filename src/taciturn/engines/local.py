@@ -53,12 +53,21 @@ class LocalEngine:
     """Runs cohorts block after block, and keeps what clients own between rounds."""
 
     def __init__(
-        self, work: Work, method: Method, post: Post, crew: Crew, *, lift: Lift, block: int, lose: Lose | None = None
+        self,
+        work: Work,
+        method: Method,
+        post: Post,
+        clients: ClientStore,
+        crew: Crew,
+        *,
+        lift: Lift,
+        block: int,
+        lose: Lose | None = None,
     ) -> None:
-        self.work, self.method, self.post, self.crew, self.block = work, method, post, crew, block
-        self.store = ClientStore(work.newcomer())
-        self._receivers = ClientStore(work.codec.init(work.split.layout)[1])
-        self._lift, self._lose = lift, lose or (lambda round, client: False)
+        self.work, self.method, self.post, self.clients, self.crew, self.block = work, method, post, clients, crew, block
+        self.store = clients.table("own", work.newcomer())
+        self._receivers = clients.table("receiver", work.codec.init(work.split.layout)[1])
+        self._lift, self._lose = lift, lose
         self._groups: list[_Group] = []
         self._pending: list[tuple[Tensor, State, State]] = []
 
@@ -68,7 +77,9 @@ class LocalEngine:
         """Send each client the frames it lacks; cut the cohort into blocks."""
         self._cast, self._plan, self._sync = cast, plan, sync
         self._owed = 0  # steps that a silent rule has asked for; they run when the block is collected
-        self._groups, self._pending, self.post.round = [], [], plan.round
+        self._groups, self._pending = [], []
+        self.post.begin(plan.round)
+        self.clients.touch(plan.ids)
         self.post.enrol(plan.ids, self.work.task.train.sizes[plan.ids])
         order = torch.argsort(plan.limit, descending=True, stable=True)  # blocks of equal length, the longest first
         for where in torch.split(order, self.block):
@@ -130,11 +141,9 @@ class LocalEngine:
         if len(suspects):  # still overflow, so that the suspects are looked at value by value
             status[suspects[~torch.isfinite(updates[suspects]).all(1)].cpu()] = BAD_UPDATE
         status[~torch.isfinite(stats["loss"])] = BAD_LOSS
-        for place, i in enumerate(group.ids.tolist()):
-            if self._lose(self._plan.round, i):
-                status[place] = LOST
-            else:
-                self.post.acknowledge(i, self._cast)
+        if self._lose is not None:
+            status[torch.tensor([self._lose(self._plan.round, i) for i in group.ids.tolist()])] = LOST
+        self.post.acknowledge(group.ids[status != LOST], self._cast)
         good = (status == OK).to(updates.device)
         if not good.all():
             updates = torch.where(good.unsqueeze(1), updates, 0.0)
@@ -160,6 +169,7 @@ class LocalEngine:
         """
         parts = torch.split(ids, self.block)
         self.crew.begin(cast.held, cast.source, 1.0, {})
+        self.post.expect(ids)
 
         def job(number: int, part: Tensor) -> tuple[int, Job, str]:
             held = self.post.model("evaluate", part, cast)
@@ -173,13 +183,11 @@ class LocalEngine:
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
     def export(self) -> State:
-        """What clients own, what the server keeps of them, and the state of the post."""
-        return {"clients": self.store.export(), "receivers": self._receivers.export(), "post": self.post.export()}
+        """What a checkpoint must hold: the state of the post. What is kept of each client is in `clients`."""
+        return {"post": self.post.export()}
 
     def restore(self, state: State) -> None:
         """The inverse of `export`."""
-        self.store.restore(state.get("clients", {}))
-        self._receivers.restore(state.get("receivers", {}))
         self.post.restore(state["post"])
 
 

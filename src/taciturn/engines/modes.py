@@ -36,6 +36,7 @@ from taciturn.engines.memory import keep_freed_memory
 from taciturn.engines.plain import Plain
 from taciturn.engines.post import Post
 from taciturn.engines.ray import workers as actors
+from taciturn.engines.store import ClientStore
 from taciturn.engines.train import Trainer
 from taciturn.method import Method
 from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
@@ -203,15 +204,16 @@ def build(
     require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
     path = choose(name, work, block)
     keep_freed_memory()
-    wired, lift = path.name == "loopback", one if path.path == SINGLE else many
-    post = Post(Wired() if wired else Direct(), method.broadcast, work.split.layout, copies=wired)
+    wired, lift, split = path.name == "loopback", one if path.path == SINGLE else many, work.split
+    clients = ClientStore(len(work.task.train.sizes))
+    post = Post(Wired() if wired else Direct(), method.broadcast, split.layout, clients, split.x0, copies=wired)
     parts = work, method.sync, method.batch_size, key
     crew: Crew
     if path.name == "ray":
-        crew = actors(partial(trainer, *parts, replace(path, fused=None)), workers, work.split.x0.device)
+        crew = actors(partial(trainer, *parts, replace(path, fused=None)), workers, split.x0.device)
     elif (workers or 1) > 1:
         require(not wired, "workers: the loopback engine has one process; use stacked or sequential")
         crew = forked(trainer(*parts, path), workers or 1, lend=method.aggregator.linear)
     else:
         crew = Alone(trainer(*parts, path))
-    return LocalEngine(work, method, post, crew, lift=lift, block=path.block, lose=lose), path
+    return LocalEngine(work, method, post, clients, crew, lift=lift, block=path.block, lose=lose), path

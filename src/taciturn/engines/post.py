@@ -1,7 +1,8 @@
 """The line between server and clients: what is sent, what it costs, and what each client is known to hold.
 
 Symbols: m clients `ids` [m] of a block; a payload [m, ..] has one row for each of them. The carrier decides whether rows
-pass as they are or as bytes; everything is counted here, in one place, for every engine alike.
+pass as they are or as bytes; everything is counted here, in one place, for every engine alike. What the server knows of a
+client is a row of the store: the version it acknowledged (-1: none) and a bit for each thing that is sent to it once.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor
 
 from taciturn.core.broadcast import Broadcast
-from taciturn.core.state import State, row
+from taciturn.core.errors import WireError
+from taciturn.core.state import State, row, stack, tree_map
 from taciturn.core.types import Cast, Payload
-from taciturn.core.vector import Layout
+from taciturn.core.vector import Layout, Vector
+from taciturn.engines.store import ClientStore
 from taciturn.wire.format import FRAME, Schema, nbytes
 from taciturn.wire.ledger import Ledger
+
+_BITS = 63
 
 
 class Carrier(Protocol):
@@ -38,15 +43,23 @@ class Post:
     share the server's record of what a receiver of the newest version holds, which is the same by the same text.
     """
 
-    def __init__(self, carrier: Carrier, broadcast: Broadcast, layout: Layout, *, copies: bool) -> None:
+    def __init__(
+        self, carrier: Carrier, broadcast: Broadcast, layout: Layout, clients: ClientStore, x0: Vector, *, copies: bool
+    ) -> None:
         self.ledger, self.carrier = Ledger(), carrier
         self._broadcast, self._layout = broadcast, layout
-        self._acks: dict[int, int] = {}  # client -> version of the model it acknowledged
-        self._met: dict[str, set[int]] = {}  # what was sent once -> the clients that have it
+        newcomer = {"version": torch.tensor(-1), "met": torch.tensor(0)}
+        self._known = clients.table("post", newcomer)
+        self._bits: dict[str, int] = {}  # what is sent once -> its bit of "met"
         self._schemas: dict[str, Schema] = {}  # by way and id, to introduce them again after a restart
-        self._copies: dict[int, State] | None = {} if copies else None
+        self._apart = copies
+        self._copies = clients.table("copy", {"x": x0}) if copies and broadcast.of == "change" else None
         self._arrived: dict[int, State] = {}
         self.round = 0
+
+    def begin(self, round: int) -> None:
+        """A new round: what arrived before and was not acknowledged is forgotten."""
+        self.round, self._arrived = round, {}
 
     def message(self, way: str, kind: str, ids: Tensor, payload: Payload, riders: Payload | None = None) -> Payload:
         """One message of each client -> what arrives. way: "up" or "down"; riders: numbers counted as "stats".
@@ -78,47 +91,64 @@ class Post:
 
     def model(self, kind: str, ids: Tensor, cast: Cast) -> State:
         """Each client gets the frames it lacks (a bare header if none) -> what a client of this block now holds."""
-        by_version: dict[int, list[int]] = {}
-        for i in ids.tolist():
-            by_version.setdefault(self._acks.get(i, -1), []).append(i)
-        held = cast.held
-        for since, clients in by_version.items():
-            copy = self._copies.get(clients[0], {}) if self._copies is not None else {}
+        versions, held = self.versions(ids), cast.held
+        for since in dict.fromkeys(versions.tolist()):
+            clients = ids[versions == since]
+            copy = self._copy(clients)
             for frame in self._broadcast.frames(cast, since) or [{}]:
                 rows = {name: tensor.expand(len(clients), *tensor.shape) for name, tensor in frame.items()}
-                received = self.message("down", kind, torch.tensor(clients), rows)
-                if self._copies is not None and frame:
+                received = self.message("down", kind, clients, rows)
+                if self._apart and frame:
                     copy = self._broadcast.apply(copy, row(received, 0), self._layout)
-            if self._copies is not None:  # a block of one: this client's own copy
-                held = self._arrived[clients[0]] = copy
+            if self._apart:  # a block of one: this client's own copy
+                held = copy
+                if kind == "model":
+                    self._arrived[int(clients[0])] = copy
         return held
 
-    def acknowledge(self, client: int, cast: Cast) -> None:
-        """The client answered: from now on it provably holds this version."""
-        self._acks[client] = cast.version
-        if self._copies is not None and self._broadcast.of == "change":
-            self._copies[client] = self._arrived[client]
+    def _copy(self, clients: Tensor) -> State:
+        """What the client of a block of one has built from the bytes it got."""
+        if self._copies is None or not self._copies.written(clients[:1]).all():
+            return {}
+        return row(self._copies.read(clients[:1]), 0)
+
+    def versions(self, ids: Tensor) -> Tensor:
+        """The version of the model that each client acknowledged; -1: none."""
+        known: Tensor = self._known.read(ids)["version"]
+        return known
+
+    def expect(self, ids: Tensor) -> None:
+        """Messages to these clients follow: their rows go to the journal at once instead of block by block."""
+        self._known.touch(ids)
+
+    def acknowledge(self, ids: Tensor, cast: Cast) -> None:
+        """These clients answered: from now on they provably hold this version."""
+        known = self._known.read(ids)
+        self._known.write(ids, known | {"version": torch.full_like(known["version"], cast.version)})
+        if self._copies is not None:
+            for i in ids.tolist():
+                self._copies.write(torch.tensor([i]), stack([self._arrived.pop(i)]))
 
     def _first_time(self, what: str, ids: Tensor) -> Tensor:
-        met = self._met.setdefault(what, set())
-        fresh = [i for i in ids.tolist() if i not in met]
-        met.update(fresh)
-        return torch.tensor(fresh, dtype=torch.int64)
+        """The clients that have not met it; from now on they have."""
+        bit = self._bits.setdefault(what, len(self._bits))
+        if bit >= _BITS:
+            raise WireError(f"messages of more than {_BITS} schemas; the payloads of a codec must keep their shapes")
+        known = self._known.read(ids)
+        fresh = (known["met"] >> bit) & 1 == 0
+        if fresh.any():
+            known = tree_map(lambda tensor: tensor[fresh], known)
+            self._known.write(ids[fresh], known | {"met": known["met"] | (1 << bit)})
+        return ids[fresh]
 
     def export(self) -> State:
-        """Acknowledged versions, schemas, who has met them, and copies, as one record."""
-        acks = torch.tensor(sorted(self._acks.items()), dtype=torch.int64).reshape(-1, 2)
-        met = {what: torch.tensor(sorted(ids), dtype=torch.int64) for what, ids in self._met.items()}
+        """Schemas and the bits of what clients have met; the clients' rows are in the store."""
         schemas = {name: torch.tensor(list(schema.text), dtype=torch.uint8) for name, schema in self._schemas.items()}
-        copies = {str(i): held for i, held in (self._copies or {}).items()}
-        return {"acks": acks, "met": met, "schemas": schemas, "copies": copies}
+        return {"schemas": schemas, "bits": {name: torch.tensor(bit) for name, bit in self._bits.items()}}
 
     def restore(self, state: State) -> None:
         """The inverse of `export`."""
-        self._acks = {int(i): int(v) for i, v in state["acks"].tolist()}
-        self._met = {what: set(ids.tolist()) for what, ids in state.get("met", {}).items()}
+        self._bits = {name: int(bit) for name, bit in state.get("bits", {}).items()}
         for name, text in state.get("schemas", {}).items():
             self._schemas[name] = Schema.parse(bytes(text.tolist()))
             self.carrier.introduce(self._schemas[name])
-        if self._copies is not None:
-            self._copies = {int(i): held for i, held in state.get("copies", {}).items()}

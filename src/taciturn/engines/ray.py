@@ -104,7 +104,7 @@ class Remote:
     """One actor, and the talk with it: a worker of crew.py."""
 
     def __init__(self, make: Any, cpus: int) -> None:
-        self._ray = _ray()
+        self._ray, self.lost, self.closed = _ray(), False, False
         self.actor = self._ray.remote(Actor).options(num_cpus=cpus, max_restarts=0, max_task_retries=0).remote()
         self._here: Any = self.actor.here.remote()
         self._started: Any = self.actor.start.remote((make,))
@@ -129,6 +129,7 @@ class Remote:
 
     def close(self) -> None:
         """End the actor."""
+        self.closed = True
         if self._ray.is_initialized():
             with suppress(self._ray.exceptions.RayError):
                 self._ray.kill(self.actor)
@@ -156,6 +157,7 @@ class Remote:
         try:
             return fn(*arguments)
         except lost as error:
+            self.lost = True
             raise Gone(str(error)) from error
         except known.RayError as error:
             raise RunError(f"a worker failed: {error}") from error
@@ -173,15 +175,16 @@ def workers(make: Callable[[], Trainer], count: int | None, device: torch.device
     cpus = int(ray.cluster_resources().get("CPU", 0))
     count = count or max(1, cpus)
     require(count <= cpus, f"workers = {count}: the cluster has {cpus} CPUs, and each worker takes one")
-    sent, hired = ray.put(make), 0
+    sent, hired = ray.put(make), list[Remote]()
 
     def hire() -> Remote:
-        nonlocal hired
-        hired += 1
+        replaces = [worker for worker in hired if worker.lost]
+        hired[:] = [worker for worker in hired if not (worker.lost or worker.closed)]
         worker = Remote(sent, cpus=1)
-        if hired > count and not worker.placed():  # for one that died with its machine: share a CPU of another
+        if replaces and not worker.placed():  # its CPU went with its machine: share one
             worker.close()
             worker = Remote(sent, cpus=0)
+        hired.append(worker)
         return worker
 
     def share(held: State) -> Any:

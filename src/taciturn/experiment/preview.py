@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -36,11 +37,12 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     key = random.fold(run.key, "round", 0)
     ids = method.participation.draw(0, key, torch.ones(len(sizes), dtype=torch.bool))
     plan, _ = plan_round(0, ids, sizes[ids], method)
-    fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
-    kinds = run.engine.post.ledger.close_round()["by_kind"]
-    began = time.perf_counter()
-    fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
-    seconds = time.perf_counter() - began
+    with closing(run.engine.crew):
+        fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
+        kinds = run.engine.post.ledger.close_round()["by_kind"]
+        began = time.perf_counter()
+        fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
+        seconds = time.perf_counter() - began
     up, down, once = (sum(e["payload"] + e["frame"] for k, e in kinds.items() if belongs(k)) for belongs in _SHARES)
     vectors = 4 * split.x0.numel() * split.x0.element_size()
     owned = sum(t.numel() * t.element_size() for t in leaves(run.work.newcomer()))

@@ -3,7 +3,8 @@
 run.json                    experiment, versions, sizes, the engine's path and every other choice that was measured
 config.toml                 the experiment, to run again
 record.jsonl                one line a round
-checkpoint-000012.safetensors   server, optimizer, clients and counters after round 12: one file, one rename
+checkpoint-000012.safetensors   server, optimizer and counters after round 12: one file, one rename, which also commits ..
+clients.*                   .. the rows of the clients and their undo journals (engines/store.py)
 model.safetensors           the named parameters after the last round
 result.json                 the summary of a finished run
 lock                        held (flock) while a process writes
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from taciturn.core.errors import RunError, RunLocked
-from taciturn.core.state import State, load_state, save_state, write_atomic
+from taciturn.core.state import State, load_state, save_state, sync_folder, write_atomic
+from taciturn.engines.store import ClientStore
 
-FORMAT = 1
+FORMAT = 1  # of run.json and record.jsonl
+CHECKPOINT = 2  # 1: held the rows of the clients
 KEPT = 2  # checkpoints
 
 
@@ -98,22 +101,43 @@ class RunFolder:
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
-    def save(self, round: int, state: State, meta: dict[str, Any]) -> None:
-        """Write the checkpoint after a round, then drop all but the newest two."""
-        save_state(self.path / f"checkpoint-{round:06d}.safetensors", state, {"format": FORMAT, "round": round, **meta})
-        for old in self._checkpoints()[:-KEPT]:
-            old.unlink(missing_ok=True)
+    def save(self, round: int, state: State, meta: dict[str, Any], clients: ClientStore) -> None:
+        """Write the checkpoint after a round and, with it, what was done to the clients' rows; keep the newest two."""
+        clients.flush()
+        save_state(self._checkpoint(round), state, {"format": CHECKPOINT, "round": round, **meta})
+        found = self._checkpoints()
+        for path in found[:-KEPT]:
+            path.unlink(missing_ok=True)
+        clients.commit(round, oldest=int(found[-KEPT:][0].stem.removeprefix("checkpoint-")))
 
     def load(self) -> tuple[State, dict[str, Any]] | None:
-        """The newest checkpoint that can be read; None if there is none. Errors: `RunError` if none can be read."""
+        """The newest checkpoint that can be read; None if there is none. Newer ones that cannot are set aside.
+
+        Errors: `RunError` if none can be read, or if another version wrote it.
+        """
         found = self._checkpoints()
         for path in reversed(found):
             try:
-                return load_state(path)
+                state, meta = load_state(path)
             except RunError:
                 if path == found[0]:
                     raise
+                continue
+            if meta.get("format") != CHECKPOINT:
+                raise RunError(
+                    f"{path} is a checkpoint of format {meta.get('format')}; this version resumes format {CHECKPOINT}: end "
+                    "the run with the version that began it (run.json says which), or start anew"
+                )
+            for newer in found[
+                found.index(path) + 1 :
+            ]:  # the clients' rows go back to this one: they must not be read again
+                newer.rename(newer.with_name(newer.name + ".unreadable"))
+                sync_folder(self.path)
+            return state, meta
         return None
+
+    def _checkpoint(self, round: int) -> Path:
+        return self.path / f"checkpoint-{round:06d}.safetensors"
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.path.glob("checkpoint-*.safetensors"))

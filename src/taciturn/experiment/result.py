@@ -95,7 +95,10 @@ class Result:
         return self._model(self.tensors)
 
     def client(self, name: str) -> nn.Module:
-        """The model of one client: shared and personal parameters. Errors: `RunError` as for `model`."""
+        """The model of one client: shared and personal parameters, which are read from the run folder where there is one.
+
+        Errors: `RunError` as for `model`, and once the folder was resumed.
+        """
         if self._model is None or self._client is None:
             raise RunError("personal models live with a run's clients; this result was loaded from a folder")
         return self._model(self._client(name))

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -36,7 +36,17 @@ from taciturn.round import RoundStats, ServerState, fed_round, start
 from taciturn.tasks.built import BuiltTask
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-MAY_DIFFER = ("rounds", "stop_at", "checkpoint_every", "evaluate_every", "evaluate_clients_every", "target", "name")
+LISTED = 10_000  # clients whose names are in run.json; with more, each evaluation names its own
+MAY_DIFFER = (
+    "rounds",
+    "workers",
+    "stop_at",
+    "checkpoint_every",
+    "evaluate_every",
+    "evaluate_clients_every",
+    "target",
+    "name",
+)
 
 
 @dataclass
@@ -69,7 +79,7 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     name, block = experiment.engine, experiment.block
     if header is not None:  # the path was chosen when the run began
         name, block = header["engine"]["name"], header["engine"]["block"]
-    engine, path = build(name, work, method, key, block=block, **faults)
+    engine, path = build(name, work, method, key, block=block, workers=experiment.workers, **faults)
     if header is not None and path.path != header["engine"]["path"]:
         raise RunError(
             f"the run began on the path {header['engine']['path']!r} and this machine takes {path.path!r} ({path.why}); "
@@ -106,6 +116,7 @@ def run(
                 raise RunError(f"{out} holds a run already; resume it (--resume {out}) or choose another folder")
             state = prepare(experiment, **faults)
             folder.create(_header(state), to_toml(experiment))
+            state.engine.clients.create(folder.path)
             return _loop(state, folder.header(), folder, callbacks)
         header = folder.header()
         _same_experiment(header["experiment"], to_table(experiment), folder.path)
@@ -117,7 +128,7 @@ def run(
 def _loop(run: _Run, header: dict[str, Any], folder: RunFolder | None, callbacks: Sequence[Callback]) -> Result:
     experiment, began = run.experiment, time.perf_counter() - run.seconds
     stopped = _stop_reason(run)
-    with _interrupts() as interrupted:
+    with closing(run.engine.crew), _interrupts() as interrupted:
         while not stopped:
             try:
                 stats = _round(run)
@@ -131,7 +142,7 @@ def _loop(run: _Run, header: dict[str, Any], folder: RunFolder | None, callbacks
             if folder is not None:
                 folder.append(line)
                 if stopped or run.server.round % experiment.checkpoint_every == 0:
-                    folder.save(run.server.round, *_snapshot(run))
+                    folder.save(run.server.round, *_snapshot(run), run.engine.clients)
             for callback in callbacks:
                 callback(line)
     result = _result(run, header, stopped, folder.path if folder else None)
@@ -201,9 +212,13 @@ def _leading(task: BuiltTask) -> tuple[str, str]:
 
 
 def _evaluated_ids(run: _Run) -> Tensor:
-    """Clients that hold samples of the evaluated split."""
-    sizes = run.task.held_out(run.experiment.evaluate_on).sizes
-    return (sizes > 0).nonzero().squeeze(1)
+    """Clients that hold samples of the evaluated split, or `evaluate_count` of them: a draw of this round's own."""
+    sizes, count = run.task.held_out(run.experiment.evaluate_on).sizes, run.experiment.evaluate_count
+    ids = (sizes > 0).nonzero().squeeze(1)
+    if count is None or count >= len(ids):
+        return ids
+    key = random.fold(run.key, "evaluate", run.server.round)
+    return ids[random.choice(key, len(ids), count)].sort().values
 
 
 def _cast(run: _Run) -> Cast:
@@ -224,6 +239,9 @@ def _evaluate_clients(run: _Run) -> tuple[dict[str, float], dict[str, Any]]:
     ]
     spread: dict[str, Any] = {"ids": ids.tolist(), "count": [int(n) for n in sums["count"]]}
     spread |= {name: [row[name] for row in rows] for name in rows[0]}
+    names = run.task.train.names
+    if len(names) > LISTED:
+        spread["names"] = [names[i] for i in spread["ids"]]
     return run.task.pool({name: float(value.to(torch.float64).sum()) for name, value in sums.items()}), spread
 
 
@@ -281,7 +299,8 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
 
 def _header(run: _Run) -> dict[str, Any]:
     metric, goal = _leading(run.task)
-    split = run.work.split
+    split, names, count = run.work.split, run.task.train.names, run.experiment.evaluate_count
+    measured = f"the clients' {run.experiment.evaluate_on} data" + (f", {count} of them at a time" if count else "")
     return {
         "format": FORMAT,
         "name": run.experiment.name,
@@ -289,15 +308,16 @@ def _header(run: _Run) -> dict[str, Any]:
         "versions": {"taciturn": version("taciturn"), "torch": torch.__version__, "python": platform.python_version()},
         "experiment": to_table(run.experiment),
         "seed": run.experiment.seed,
-        "engine": {"name": run.path.name, "path": run.path.path, "block": run.path.block, "why": run.path.why},
+        "engine": {name: getattr(run.path, name) for name in ("name", "path", "block", "width", "why")},
         "threads": torch.get_num_threads(),
         "randomness": run.task.facts.randomness,
         "layout": split.layout.fingerprint,
         "d": split.layout.d,
         "p": split.personal.d,
-        "clients": list(run.task.train.names),
+        "clients": list(names) if len(names) <= LISTED else [],
+        "clients_total": len(names),
         "metric": {"name": metric, "goal": goal},
-        "measured_on": f"the clients' {run.experiment.evaluate_on} data" if run.from_clients else "the server's test set",
+        "measured_on": measured if run.from_clients else "the server's test set",
         "target": run.experiment.target,
         "note": run.task.data.note,
     }
@@ -337,6 +357,7 @@ def _restore(run: _Run, folder: RunFolder) -> None:
     found = folder.load()
     if found is None:
         folder.lines(0)
+        run.engine.clients.create(folder.path)
         return
     state, meta = found
     state = tree_map(lambda tensor: tensor.to(run.server.x.device), state)
@@ -348,6 +369,7 @@ def _restore(run: _Run, folder: RunFolder) -> None:
         cast = Cast(meta["cast"]["version"], meta["cast"]["source"], state["held"], tuple(log))
     opt, agg, sync = (state.get(name, {}) for name in ("opt", "agg", "sync"))
     run.server = ServerState(meta["round"], state["x"], opt, agg, sync, cast)
+    run.engine.clients.recover(folder.path, meta["round"])
     run.engine.restore(state["engine"])
     run.engine.post.ledger.totals = meta["totals"]
     run.history = folder.lines(meta["round"])
@@ -365,7 +387,9 @@ def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None
     def client(name: str) -> dict[str, Tensor]:
         if name not in names:
             raise DataError(f"there is no client {name!r}")
-        own = run.engine.store.read(torch.tensor([list(names).index(name)]))
+        if run.engine.clients.moved_on():
+            raise RunError(f"{folder} was resumed, and its clients have moved on; ask the result of the resumed run")
+        own = run.engine.store.read(torch.tensor([names.index(name)]))
         return tensors(own["v"][0], own["b"][0])
 
     return Result(header, run.history, tensors(split.v0, split.b0), stopped, folder, run.task.model_with, client)

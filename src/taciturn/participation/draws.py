@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -56,6 +57,12 @@ class uniform:
         return _some(key, available.nonzero().squeeze(1), _cohort(self.count, self.fraction, len(available)))
 
 
+@lru_cache(maxsize=4)
+def _order(seed: int, turn: int, n: int) -> Tensor:
+    """The order of a pass over all clients: sorted once a pass, not once a round."""
+    return random.permutation(random.fold(random.key(seed), "cyclic", turn), n)
+
+
 @dataclass(frozen=True, slots=True)
 class cyclic:
     """All N clients in a random order, M a round, a fresh order when all have had their turn.
@@ -76,7 +83,7 @@ class cyclic:
         n = len(available)
         size = _cohort(self.count, self.fraction, n)
         groups = math.ceil(n / size)
-        order = random.permutation(random.fold(random.key(self.seed), "cyclic", round // groups), n)
+        order = _order(self.seed, round // groups, n)
         group = order[(round % groups) * size :][:size]
         present = group[available[group]]
         return present if len(present) else _some(key, available.nonzero().squeeze(1), size)

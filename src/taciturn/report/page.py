@@ -256,7 +256,7 @@ def details(group: Method, baseline: Method) -> dict[str, Any]:
         "threads": head.get("threads"),
         "shared parameters": head.get("d"),
         "personal parameters": head.get("p"),
-        "clients": len(head.get("clients") or []) or None,
+        "clients": head.get("clients_total") or len(head.get("clients") or []) or None,
         "folders": ", ".join(str(each.path) for each in group.runs),
     }
     unfinished = [str(each.seed) for each in group.runs if each.result is None]

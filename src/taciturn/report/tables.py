@@ -112,8 +112,9 @@ def clients_of(run: Run) -> list[tuple[str, float]]:
     for line in reversed(run.rounds):
         spread = line.get("spread") or {}
         if run.metric in spread:
-            pairs = zip(spread["ids"], map(number, spread[run.metric]), strict=True)
-            return [(run.client(index), value) for index, value in pairs if value is not None]
+            names = spread.get("names") or [run.client(index) for index in spread["ids"]]
+            pairs = zip(names, map(number, spread[run.metric]), strict=True)
+            return [(str(name), value) for name, value in pairs if value is not None]
     return []
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from taciturn.core.errors import ConfigError, DataError, ModelError
 from taciturn.core.random import Key, key, seeded
 from taciturn.core.types import Batch, Clients, Record
-from taciturn.tasks.data.clients import Federation, LazyClients, TableClients
+from taciturn.tasks.data.clients import Federation
 from taciturn.tasks.metrics import Metric
 from taciturn.tasks.randomness import changes_generator, couples_samples, keyed
 
@@ -127,6 +127,7 @@ class BuiltTask:
     metrics: tuple[Metric, ...]
     program: Program
     facts: Facts
+    _aligned: dict[str, Clients] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def train(self) -> Clients:
@@ -152,7 +153,10 @@ class BuiltTask:
         part = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}.get(split)
         if part is None:
             raise DataError(f"there is no split {split!r} of the clients' data; hold some out (test = 0.2)")
-        return part if part.names == self.train.names else Aligned(part, self.train.names)
+        if split not in self._aligned:  # comparing and placing N names is done once
+            same = part is self.train or part.names == self.train.names
+            self._aligned[split] = part if same else Aligned(part, self.train.names)
+        return self._aligned[split]
 
     def loss(self, params: Record, batch: Batch, key: Key) -> Tensor:
         """Mean loss [] over the samples that are not padding."""
@@ -212,7 +216,7 @@ class BuiltTask:
 class Aligned:
     """A split that only some clients have, in the order of all clients."""
 
-    def __init__(self, part: TableClients | LazyClients, names: Sequence[str]) -> None:
+    def __init__(self, part: Clients, names: Sequence[str]) -> None:
         self.names, self._part = names, part
         place = {name: i for i, name in enumerate(part.names)}
         self._place = torch.tensor([place.get(name, -1) for name in names])

@@ -27,7 +27,7 @@ import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Schema:
             if dtype not in _DTYPES:
                 raise WireError(f"payload {name!r} has dtype {dtype}; the format carries {', '.join(_DTYPES)}")
             fields.append((name, dtype, tuple(tensor.shape)))
-        return cls(tuple(fields))
+        return _known(tuple(fields))
 
     @classmethod
     def parse(cls, text: bytes) -> Schema:
@@ -111,6 +111,12 @@ class Schema:
     def nbytes(self) -> int:
         """Bytes of a body of this schema."""
         return sum(math.prod(shape) * _DTYPES[dtype].itemsize for _, dtype, shape in self.fields)
+
+
+@lru_cache(maxsize=256)
+def _known(fields: tuple[tuple[str, str, tuple[int, ...]], ...]) -> Schema:
+    """One object a schema: its text and number are made once."""
+    return Schema(fields)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ the line is their sum. Directions: "up" (client to server), "down". Kinds: "setu
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -20,21 +19,19 @@ class Ledger:
     def __init__(self) -> None:
         self.totals: dict[str, dict[str, int]] = {}
         self._round: dict[str, dict[str, int]] = {}
-        self._clients: dict[int, dict[str, int]] = defaultdict(lambda: {"up": 0, "down": 0, "monitor": 0})
+        self._spent: list[tuple[str, str, Tensor, Tensor]] = []  # direction, kind, ids [m], bytes of each [m]
         self._exchanges = 0
 
     def count(self, direction: str, kind: str, ids: Tensor, payload: Tensor | int, frame: int, messages: int = 1) -> None:
         """One message (or part of one, with messages = 0) of each client in `ids` [m]; `payload` [m], or one for all."""
-        sizes = torch.as_tensor(payload).expand(len(ids)).tolist()
+        sizes = torch.as_tensor(payload, dtype=torch.int64).expand(len(ids))
+        spent = int(sizes.sum())
         for table in (self._round, self.totals):
             entry = table.setdefault(f"{direction}/{kind}", {"payload": 0, "frame": 0, "messages": 0})
-            entry["payload"] += sum(sizes)
+            entry["payload"] += spent
             entry["frame"] += frame * len(ids)
             entry["messages"] += messages * len(ids)
-        for client, size in zip(ids.tolist(), sizes, strict=True):
-            self._clients[client][direction] += size + frame
-            if kind == "monitor":
-                self._clients[client]["monitor"] += size + frame
+        self._spent.append((direction, kind, ids, sizes + frame))
 
     def exchange(self) -> None:
         """One more round trip between server and cohort."""
@@ -42,15 +39,18 @@ class Ledger:
 
     def close_round(self) -> dict[str, Any]:
         """What the round cost, as plain numbers for the record; the next round starts at zero."""
-        ids = sorted(self._clients)
-        line = {
-            "up": sum(self._clients[i]["up"] for i in ids),
-            "down": sum(self._clients[i]["down"] for i in ids),
-            "monitor": sum(self._clients[i]["monitor"] for i in ids),
+        everyone = torch.cat([ids for _, _, ids, _ in self._spent] or [torch.zeros(0, dtype=torch.int64)])
+        known, places = torch.unique(everyone, return_inverse=True)
+        sums = {name: torch.zeros(len(known), dtype=torch.int64) for name in ("up", "down", "monitor")}
+        cuts = torch.split(places, [len(ids) for _, _, ids, _ in self._spent])
+        for (direction, kind, _, sizes), where in zip(self._spent, cuts, strict=True):
+            sums[direction].index_add_(0, where, sizes)
+            if kind == "monitor":
+                sums["monitor"].index_add_(0, where, sizes)
+        line = {name: int(values.sum()) for name, values in sums.items()} | {
             "exchanges": self._exchanges,
             "by_kind": self._round,
-            "clients": {name: [self._clients[i][name] for i in ids] for name in ("up", "down", "monitor")} | {"ids": ids},
+            "clients": {name: values.tolist() for name, values in sums.items()} | {"ids": known.tolist()},
         }
-        self._round, self._exchanges = {}, 0
-        self._clients.clear()
+        self._round, self._spent, self._exchanges = {}, [], 0
         return line

@@ -17,7 +17,7 @@ from torch import Tensor
 from taciturn.core import random
 from taciturn.core.errors import DataError, require
 from taciturn.core.random import Key
-from taciturn.core.types import Batch
+from taciturn.core.types import Batch, Clients
 
 
 class Samples(Protocol):
@@ -41,7 +41,8 @@ def _refuse_empty(names: Sequence[str], sizes: Tensor) -> None:
 class TableClients:
     """Clients as row numbers into tables that all share: nothing is copied per client.
 
-    fields: {name: [S, ..]}; rows [sum n_i] int64: the row numbers of client 0, then of client 1, ..; offsets [N + 1].
+    fields: {name: [S, ..]}; rows [sum n_i] int64: the row numbers of client 0, then of client 1, ..; offsets [N + 1];
+    sizes [N] follow from them.
     Errors: `DataError` naming the clients that have no sample.
     """
 
@@ -49,8 +50,10 @@ class TableClients:
     fields: dict[str, Tensor]
     rows: Tensor
     offsets: Tensor
+    sizes: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", self.offsets.diff())
         _refuse_empty(self.names, self.sizes)
 
     @classmethod
@@ -61,11 +64,6 @@ class TableClients:
         offsets[1:] = torch.tensor([len(index) for index in rows]).cumsum(0)
         joined = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
         return cls(tuple(owners), fields, joined, offsets)
-
-    @property
-    def sizes(self) -> Tensor:
-        """[N] samples."""
-        return self.offsets.diff()
 
     def fetch(self, ids: Tensor, index: Tensor, keys: Key | None = None) -> Batch:
         """Samples `index` [m, b] of clients `ids` [m] -> {name: [m, b, ..]}."""
@@ -125,21 +123,22 @@ def _named(sample: Any, client: str) -> dict[str, Tensor]:
 class Federation:
     """Everything that is known of the data: the clients' splits and, where there is one, a test set of the server.
 
-    kind: "classification" (targets int64, `outputs` classes) or "regression" (targets float32 [outputs]).
+    kind: "classification" (targets int64, `outputs` classes) or "regression" (targets float32 [outputs]). A split is
+    any `Clients`; one with a method `to(device)` is moved, others make their batches where they are needed.
     """
 
-    train: TableClients | LazyClients
+    train: Clients
     kind: str
     outputs: int
-    validation: TableClients | LazyClients | None = None
-    test: TableClients | LazyClients | None = None
-    central: TableClients | LazyClients | None = None
+    validation: Clients | None = None
+    test: Clients | None = None
+    central: Clients | None = None
     note: str = ""
 
     def to(self, device: torch.device | str) -> Federation:
         """The same federation on a device."""
-        moved = {n: getattr(self, n).to(device) for n in ("train", "validation", "test", "central") if getattr(self, n)}
-        return replace(self, **moved)
+        parts = {name: getattr(self, name) for name in ("train", "validation", "test", "central")}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if hasattr(part, "to")})
 
 
 def hold_out(
