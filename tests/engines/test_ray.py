@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,21 +87,31 @@ def test_two_actors_are_stacked_bit_for_bit(name, task):
 
 
 def test_a_killed_actor_is_replaced_and_its_blocks_are_repeated(task, monkeypatch):
-    """With a rule that watches: strides and an upload are repeated, of what was answered already and what was not."""
+    """With a rule that watches: strides and an upload are repeated, of what was answered already and what was not.
+
+    The first to replace it is said to find no CPU, as when a machine is lost; then one is shared.
+    """
     method = BASE.replace(sync=Watch(theta=0.02, local=True))
     alone, _, _, traffic = drive(task, method, "stacked", rounds=3, block=1)
-    seen, tell = [0], Remote.tell
+    seen, tell, placed, asked, refuse = [0], Remote.tell, Remote.placed, [], []
 
     def telling(self, name, *arguments):
         tell(self, name, *arguments)
         seen[0] += name == "collect"
         if name == "collect" and seen[0] == 12:  # the last block of the second round
             ray.kill(self.actor)
+            refuse.append(False)
 
+    def hire(made, cpus):
+        asked.append(cpus)
+        return Remote(made, cpus)
+
+    monkeypatch.setattr(Remote, "placed", lambda self: refuse.pop() if refuse else placed(self))
+    monkeypatch.setattr(ours, "Remote", hire)
     monkeypatch.setattr(Remote, "tell", telling)
     state, many, _, same = drive(task, method, "ray", rounds=3, block=1, workers=2)
     many.crew.close()
-    assert many.crew.deaths == 1
+    assert many.crew.deaths == 1 and asked == [1, 1, 1, 0]
     assert torch.equal(alone.x, state.x) and traffic == same
 
 
@@ -121,6 +133,11 @@ def test_other_versions_and_code_that_is_not_there_are_named(monkeypatch):
     with pytest.raises(RunError, match="No module named 'only_here'"):
         worker.answer()
     worker.close()
+
+
+def test_what_cannot_be_sent_is_refused():
+    with pytest.raises(ConfigError, match=r"cannot be sent to other processes: .*lock"):
+        ours.workers(partial(print, threading.Lock()), 1, torch.device("cpu"))
 
 
 def test_more_workers_than_cpus_are_refused(task):

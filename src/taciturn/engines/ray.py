@@ -68,6 +68,10 @@ def _ray() -> Any:
     return ray
 
 
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def _versions() -> dict[str, str]:
     """What must be the same on all machines, for the same bits and for code that travels."""
     found = {name: version(name) for name in ("taciturn", "torch", "numpy")}
@@ -157,6 +161,8 @@ class Remote:
         try:
             return fn(*arguments)
         except lost as error:
+            if getattr(error, "actor_init_failed", False):  # the class could not even be imported
+                raise RunError(f"a worker could not start: {str(error).strip().splitlines()[-1]}") from error
             self.lost = True
             raise Gone(str(error)) from error
         except known.RayError as error:
@@ -171,11 +177,18 @@ def workers(make: Callable[[], Trainer], count: int | None, device: torch.device
     ray = _ray()
     require(device.type == "cpu", f"engine = 'ray' trains on the CPU of each actor; this is {device}")
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level="warning")
+        try:
+            ray.init(include_dashboard=False, logging_level="warning")
+        except Exception as error:  # no cluster at RAY_ADDRESS, another version of Ray there, no token, ..
+            raise ConfigError(f"engine = 'ray': Ray cannot be reached or started: {_short(error)}") from error
     cpus = int(ray.cluster_resources().get("CPU", 0))
     count = count or max(1, cpus)
     require(count <= cpus, f"workers = {count}: the cluster has {cpus} CPUs, and each worker takes one")
-    sent, hired = ray.put(make), list[Remote]()
+    try:
+        sent = ray.put(make)
+    except Exception as error:  # whatever a user's object raises when it is to be pickled
+        raise ConfigError(f"engine = 'ray': the task cannot be sent to other processes: {_short(error)}") from error
+    hired: list[Remote] = []
 
     def hire() -> Remote:
         replaces = [worker for worker in hired if worker.lost]
