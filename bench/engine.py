@@ -3,7 +3,8 @@
 One thread, one process, MNIST-5k (4,000 training images, shifted by a pixel or two to fill the pool). Rounds of the three
 are interleaved; the figure is the median over repeats of CPU seconds a round, as a ratio. (a) central: the same number of
 SGD steps of the same batch on one model, tensors in memory, foreach optimizer. (b) vmap: the same round text through
-`torch.vmap`. two_workers_wall_ratio: W1 with two worker processes, wall time over that of one. `max_rel_diff_sequential`: norm-relative difference to the sequential engine after two rounds.
+`torch.vmap`. `max_rel_diff_sequential`: norm-relative difference to the sequential engine after two rounds.
+two_workers_wall_ratio: W1 with two worker processes, wall time over that of one process.
 
     W1  FedAvg, 1,000 clients, 100 a round, 60 samples, MLP 784-200-200-10, batch 10, one epoch, SGD
     W2  20 clients a round, 20 samples, batch 20, CNN (5x5 convolutions 32 and 64, hidden 512)

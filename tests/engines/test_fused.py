@@ -73,6 +73,7 @@ class Encoder(nn.Module):
 MODELS = {
     "linear": (lambda: nn.Sequential(nn.Linear(6, 3, bias=False)), (6,), False),
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)), (6,), False),
+    "wide": (lambda: nn.Sequential(nn.Linear(40, 200), nn.ReLU(), nn.Linear(200, 60), nn.Linear(60, 3)), (40,), False),
     "sequence": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(40, 3)), (5, 6), False),
     "conv2d": (
         lambda: nn.Sequential(

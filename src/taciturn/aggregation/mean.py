@@ -45,9 +45,9 @@ class mean:
         """The sum with one more block: acc + w [m] @ updates [m, d]."""
         total, weight = acc
         weights = block.weights.to(torch.float64)
-        if len(weights) == 1:  # no rounding beyond float64: the order of the clients hardly matters
+        if len(block.updates) == 1:  # no rounding beyond float64: the order of the clients hardly matters
             return torch.add(total, block.updates[0], alpha=float(weights[0])), weight + weights[0]
-        return total + (block.weights.to(block.updates.dtype) @ block.updates), weight + weights.sum()
+        return total + block.sum(), weight + weights.sum()
 
     def finish(self, acc: Sum) -> tuple[Change, State]:
         """sum / weight -> update [d] float64."""

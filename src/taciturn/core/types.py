@@ -66,15 +66,23 @@ STATUS = ("ok", "loss not finite", "update not finite", "no answer")
 
 @dataclass(frozen=True)
 class Block:
-    """Decoded messages of m clients of equal shape. `start` [m, d] is what each client HELD, not the server's x."""
+    """Decoded messages of m clients of equal shape. `start` [m, d] is what each client HELD, not the server's x.
+
+    A linear aggregator may get them already summed: then `updates` has no rows, and `total` is their weighted sum.
+    """
 
     ids: Tensor  # [m] int64
     start: Tensor  # [m, d]
-    updates: Tensor  # [m, d]
+    updates: Tensor  # [m, d] or [0, d]
     weights: Tensor  # [m]
     layout: Layout
     stats: dict[str, Tensor]  # {name: [m]}
     status: Tensor  # [m] int64, index into STATUS
+    total: Tensor | None = None  # [d]
+
+    def sum(self) -> Tensor:
+        """Sum over clients of weight times update [d]."""
+        return self.weights.to(self.updates.dtype) @ self.updates if self.total is None else self.total
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ AHEAD = 2  # blocks that a worker has been asked for and has not answered
 class Crew(Protocol):
     """Runs a trainer's methods somewhere."""
 
+    @property
+    def count(self) -> int:
+        """How many blocks are worked on at once."""
+        ...
+
     def begin(self, held: State, round: int, lr_scale: float, sync: State) -> None:
         """`Trainer.begin`, everywhere."""
         ...
@@ -41,6 +46,7 @@ class Alone:
     """The trainer in this process."""
 
     trainer: Trainer
+    count: int = 1
 
     def begin(self, held: State, round: int, lr_scale: float, sync: State) -> None:
         """A new round."""
@@ -96,11 +102,11 @@ class Workers:
         self, hire: Callable[[], Worker], share: Callable[[State], Any], count: int, lend: bool, retries: int = 3
     ) -> None:
         self._hire, self._share, self._lend, self._retries = hire, share, lend, retries
-        self._count, self._posts, self.deaths = count, list[_Post](), 0
+        self.count, self._posts, self.deaths = count, list[_Post](), 0
 
     def begin(self, held: State, round: int, lr_scale: float, sync: State) -> None:
         """A new round, for all."""
-        self._posts = self._posts or [_Post(self._hire()) for _ in range(self._count)]
+        self._posts = self._posts or [_Post(self._hire()) for _ in range(self.count)]
         self._bad, shared = 0, self._share(held)
         for post in self._posts:
             post.told, post.answered = [], 0
@@ -131,7 +137,7 @@ class Workers:
         if not isinstance(found, Upload):
             return tuple(clone(one) for one in found) if isinstance(found, tuple) else clone(found)
         payload = found.payload if self._lend else clone(found.payload)
-        return Upload(payload, clone(found.stats), clone(found.kept))
+        return replace(found, payload=payload, stats=clone(found.stats), kept=clone(found.kept))
 
     def _tell(self, post: _Post, *message: Any) -> None:
         post.told.append(message)

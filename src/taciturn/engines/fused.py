@@ -24,16 +24,20 @@ from taciturn.core.state import State, flatten, tree_map, unflatten
 from taciturn.core.types import Batch, Solver
 from taciturn.core.vector import Layout
 from taciturn.engines.graph import Refusal, rewrite
-from taciturn.engines.layers import Step, Weights
+from taciturn.engines.late import Late
+from taciturn.engines.layers import Step, Weights, linear_weights
 from taciturn.engines.train import Fetch
 from taciturn.solvers import adamw
+
+PART_VALUES = 1_000_000  # floats of the weights that train at once, so that they stay in cache
+WIDE = 50  # clients that train at once where most weights are not formed
 
 
 @dataclass
 class _Apply:
     """Plain SGD, or with a pull towards x: each gradient is applied as it comes.
 
-    own: weights [k, ..] to write; base: x by name, for the pull, and in the first step what own is made from.
+    own: weights [k, ..] to write; base: x by name, for the pull, and in a shared first step what own is made from.
     """
 
     own: Weights
@@ -45,18 +49,13 @@ class _Apply:
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """W <- (1 - lr mu) W + lr mu x - lr left @ right."""
         w = self.own[name]
-        flat = w.flatten(2)
-        if self.first:  # y = x: the pull is zero
-            x = self.base[name].reshape(flat.shape[1:]).expand_as(flat)
-            torch.baddbmm(x, left, right, alpha=-self.lr, out=flat)
-        else:
-            flat.baddbmm_(left, right, beta=self._shrink(name), alpha=-self.lr)
-            self._pull(name, w)
+        w.flatten(2).baddbmm_(left, right, beta=self._shrink(name), alpha=-self.lr)
+        self._pull(name, w)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """W <- (1 - lr mu) W + lr mu x - lr gradient."""
         w = self.own[name]
-        if self.first:
+        if self.first:  # y = x: the pull is zero
             torch.add(self.base[name], gradient.reshape(w.shape), alpha=-self.lr, out=w)
         else:
             if self._shrink(name) != 1.0:
@@ -94,8 +93,8 @@ def _joined(weights: Weights, layout: Layout, like: Tensor) -> Tensor:
 
 @dataclass
 class _Part:
-    """Clients in work. base: x by name; begun: their records; own: weights [m, *shape] (affine solvers) - fresh: not
-    written yet.
+    """Clients in work. base: x by name; begun: their records; affine solvers: own, weights [m, *shape] - fresh: not written
+    yet - and late, those that nobody has formed.
     """
 
     start: Tensor
@@ -105,6 +104,7 @@ class _Part:
     losses: Tensor
     done: Tensor
     own: Weights
+    late: dict[str, Late]
     fresh: bool = False
 
 
@@ -121,26 +121,44 @@ class Fused:
         self.work = work
         self._affine = work.solver.affine()
         self._program = rewrite(task.model, names)
+        self._base = split.layout.views(split.x0)
+        self._linear = dict.fromkeys(linear_weights(task.model) & set(split.layout.names), 1)  # rows of each for a sample
         if set(split.join({}, split.layout.views(split.x0), split.personal.views(split.v0))) != names:
             raise Refusal("its partition joins more than views of the vectors")
 
-    def begin(self, held: State, start: Tensor, own: State, lr_scale: float) -> _Part:
+    def width(self, steps: int, batch: int) -> int:
+        """As many clients as stay in cache; where most weights are never formed, as many as make the products large."""
+        split = self.work.split
+        d = split.layout.d + split.personal.d
+        if self._affine is None:
+            return max(1, PART_VALUES // d)
+        late = (w.numel() for name, w in self._base.items() if self._stays(name, steps * batch))
+        return WIDE if steps == 1 or 2 * sum(late) > d else max(1, PART_VALUES // d)
+
+    def _stays(self, name: str, samples: int) -> bool:
+        if name not in self._linear:
+            return False
+        o, i = self._base[name].shape
+        return samples * self._linear[name] * (o + i) <= o * i
+
+    def begin(self, held: State, start: Tensor, own: State, lr_scale: float, steps: int) -> _Part:
         """Affine solvers: weights by layer, each dense, as a batch of products wants them. Others: flat records."""
         m, split = len(start), self.work.split
         begun: State = torch.vmap(lambda x, o: client.begin(self.work, x, o))(start, own)
         base = split.layout.views(start[0])
-        part = _Part(start, base, begun, lr_scale, start.new_zeros(m), torch.zeros(m, dtype=torch.int64), {})
+        part = _Part(start, base, begun, lr_scale, start.new_zeros(m), torch.zeros(m, dtype=torch.int64), {}, {})
         if self._affine is None:
             dense = {name: t.clone(memory_format=torch.contiguous_format) for name, t in flatten(begun["solver"]).items()}
             begun["solver"] = unflatten(dense)
             return part
-        v = split.personal.views(begun["solver"]["v"])
-        part.own = {name: x.new_empty(m, *x.shape) for name, x in base.items()}
-        part.own |= {name: w.clone(memory_format=torch.contiguous_format) for name, w in v.items()}
+        v, (lr, mu) = split.personal.views(begun["solver"]["v"]), self._affine
+        part.late = {name: Late(x, m, lr * lr_scale, mu, steps) for name, x in base.items() if name in self._linear}
+        part.own = {name: x.new_empty(m, *x.shape) for name, x in base.items() if name not in self._linear}
         part.fresh = not split.personal.d  # then the first step is shared, and writes the weights
         if not part.fresh:
-            for name, x in base.items():
-                part.own[name].copy_(x)
+            for name, w in part.own.items():
+                w.copy_(base[name])
+        part.own |= {name: w.clone(memory_format=torch.contiguous_format) for name, w in v.items()}
         return part
 
     def advance(self, part: _Part, todo: list[int], fetch: Fetch) -> _Part:
@@ -158,8 +176,11 @@ class Fused:
         """y <- y - lr (g + mu (y - x)), inside the backward pass -> losses [k]."""
         assert self._affine is not None
         lr, mu = self._affine[0] * part.lr_scale, self._affine[1]
+        for name in [name for name, late in part.late.items() if late.full]:
+            part.own[name] = part.late.pop(name).weight()
         mine = part.own if k == len(part.losses) else {name: w[:k] for name, w in part.own.items()}
-        step = Step(part.base if part.fresh else mine, _Apply(mine, part.base, lr, mu, part.fresh), k, part.fresh)
+        sink = _Apply(mine, part.base, lr, mu, part.fresh)
+        step = Step(part.base if part.fresh else mine, sink, k, part.fresh, part.late)
         losses = self._backward(step, batch, keys)
         part.fresh = False
         return losses
@@ -176,9 +197,15 @@ class Fused:
         stepper(self.work.solver, losses.new_tensor(part.lr_scale))(live, losses, g_y, g_v, before)
         return losses
 
+    def note_rows(self, part: _Part, samples: int) -> None:
+        """Learn how many rows a sample has in each linear layer."""
+        self._linear |= {name: late.rows // samples for name, late in part.late.items()}
+
     def reorder(self, part: _Part, order: Tensor) -> _Part:
         """Everything of the clients in another order."""
         at = order.to(part.start.device)
+        for late in part.late.values():
+            late.reorder(order)
         own, begun = ({name: w[at] for name, w in part.own.items()}, tree_map(lambda t: t[at], part.begun))
         return replace(part, own=own, begun=begun, losses=part.losses[at], done=part.done[order])
 
@@ -190,7 +217,21 @@ class Fused:
         layout = self.work.split.layout
         places, sizes = torch.split(out, list(layout.sizes), 1), list(layout.sizes)
         for name, x, place in zip(layout.names, torch.split(part.start[0], sizes), places, strict=True):
-            torch.sub(part.own[name].reshape(len(out), -1), x, out=place)
+            if name in part.late:
+                part.late[name].drift(place)
+            else:
+                torch.sub(part.own[name].reshape(len(out), -1), x, out=place)
+
+    def total(self, part: _Part, weights: Tensor) -> Tensor:
+        """Sum of weights [m] times drift -> [d]; what nobody has formed is summed as factors."""
+        if self._affine is None:
+            drifts: Tensor = part.begun["solver"]["y"] - part.start
+            return weights @ drifts
+        sums = []
+        for name, x in part.base.items():
+            late = part.late.get(name)
+            sums.append(weights @ (part.own[name] - x).reshape(len(weights), -1) if late is None else late.total(weights))
+        return torch.cat(sums)
 
     def record(self, part: _Part) -> State:
         """The local records; where the solver is affine without y, which `drift` has told."""
@@ -270,8 +311,10 @@ def _compare(work: Work, fused: Fused, tolerance: float) -> None:
         return batch | {"mask": mask[:k]}, keys[:k] + t
 
     one = work.newcomer()
-    part = fused.begin(held, x0.expand(2, -1), tree_map(lambda t: t.expand(2, *t.shape), one), 1.0)
-    part = fused.advance(part, [2, 2], fetch)
+    part = fused.begin(held, x0.expand(2, -1), tree_map(lambda t: t.expand(2, *t.shape), one), 1.0, 2)
+    part = fused.advance(part, [1, 1], fetch)
+    fused.note_rows(part, 2)
+    part = fused.advance(part, [1, 1], lambda t, k: fetch(t + 1, k))
     got, u = fused.record(part), x0.new_empty(2, len(x0))
     fused.drift(part, u)
     for j in range(2):

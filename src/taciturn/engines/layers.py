@@ -12,13 +12,15 @@ output. In the first local step of a round all clients hold the same weights: `s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from taciturn.engines.late import Late
 
 Weights = dict[str, Tensor]  # name -> [m, *shape], or [*shape] where all clients hold the same
 
@@ -37,12 +39,16 @@ class Sink(Protocol):
 
 @dataclass
 class Step:
-    """One local step of a block: weights, where gradients go, and how the clients share the flat batch axis."""
+    """One local step of a block: weights, where gradients go, and how the clients share the flat batch axis.
+
+    shared: all clients hold `weights` without a client axis; late: weights of linear layers that nobody forms (late.py).
+    """
 
     weights: Weights
     sink: Sink
     m: int
     shared: bool
+    late: dict[str, Late] = field(default_factory=dict)
 
     def apart(self, x: Tensor) -> Tensor:
         """[m b, ..] -> [m, b, ..]."""
@@ -61,7 +67,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
-        return ctx.layer.backward(ctx.step, x, gradients[0].contiguous(), ctx.needs_input_grad[0]), None, None, None
+        return ctx.layer.backward(ctx.step, x, gradients[0], ctx.needs_input_grad[0]), None, None, None
 
 
 class Layer(Protocol):
@@ -79,11 +85,25 @@ class Layer(Protocol):
 Run = Callable[..., Any]  # (step, inputs .., options ..) -> output
 
 
+_anchor = torch.empty(0, requires_grad=True)
+
+
 def call(layer: Layer, step: Step, x: Tensor) -> Tensor:
     """The layer as a node of autograd."""
-    anchor = torch.empty(0, requires_grad=True, device=x.device)
-    output: Tensor = _Layer.apply(x, anchor, layer, step)  # type: ignore[no-untyped-call]
+    output: Tensor = _Layer.apply(x, _anchor, layer, step)  # type: ignore[no-untyped-call]
     return output
+
+
+def linear_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that `Linear` applies, among modules that `layer_of` knows."""
+    found = set()
+    for name, module in model.named_modules():
+        run = layer_of(module, name)
+        if isinstance(run, Attention):
+            found |= {run.inner.weight, run.outer.weight}
+        elif isinstance(run, partial) and isinstance(run.args[0], Linear):
+            found.add(run.args[0].weight)
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,25 +114,43 @@ class Linear:
     bias: str | None
 
     def forward(self, step: Step, x: Tensor) -> Tensor:
-        """One product for all clients where they share W, else one a client (`baddbmm`)."""
-        w, c = step.weights[self.weight], step.weights.get(self.bias or "")
-        if step.shared:
-            return F.linear(x, w, c)
-        rows = step.apart(x).flatten(1, -2)
-        y = torch.bmm(rows, w.mT) if c is None else torch.baddbmm(c.unsqueeze(1), rows, w.mT)
-        return y.reshape(*x.shape[:-1], w.shape[-2])
+        """One product a client (`baddbmm`), or through `Late`."""
+        c = None if self.bias is None else step.weights[self.bias]
+        if (late := step.late.get(self.weight)) is not None:
+            y = late.forward(x.reshape(-1, x.shape[-1]), step.m)
+            if c is not None:
+                y.view(step.m, -1, y.shape[-1]).add_(c if step.shared else c.unsqueeze(1))
+        else:
+            w, rows = step.weights[self.weight], x.reshape(step.m, -1, x.shape[-1])
+            y = torch.bmm(rows, w.mT) if c is None else torch.baddbmm(c.unsqueeze(1), rows, w.mT)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
         """dx = g W, then the weights."""
-        w = step.weights[self.weight]
-        rows, grads = step.apart(x).flatten(1, -2), step.apart(g).flatten(1, -2)
+        grads = g.reshape(step.m, -1, g.shape[-1])
         dx = None
-        if needs_x:
-            dx = g @ w if step.shared else torch.bmm(grads, w).reshape(x.shape)
-        step.sink.product(self.weight, grads.mT, rows)
+        if (late := step.late.get(self.weight)) is not None:
+            flat, rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+            if needs_x:
+                dx = late.backward(flat, step.m).view(x.shape)
+            late.learn(flat, rows, step.m)
+        else:
+            if needs_x:
+                dx = torch.bmm(grads, step.weights[self.weight]).view(x.shape)
+            step.sink.product(self.weight, grads.mT, x.reshape(step.m, -1, x.shape[-1]))
         if self.bias is not None:
             step.sink.add(self.bias, grads.sum(1))
         return dx
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Images [n, c, h, w] with the channels side by side in memory: pooling is several times faster so."""
+    if x.dim() != 4:
+        return x.contiguous()
+    n, c, h, w = x.shape
+    if c == 1:  # the layout of one channel is ambiguous; these strides say it
+        return x.contiguous().as_strided((n, 1, h, w), (h * w, 1, w, 1))
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -125,17 +163,18 @@ class Conv:
 
     def forward(self, step: Step, x: Tensor) -> Tensor:
         """One convolution for all clients where they share the weights."""
-        w, c = step.weights[self.weight], step.weights.get(self.bias or "")
+        x, w, c = _channels_last(x), step.weights[self.weight], step.weights.get(self.bias or "")
         if step.shared:
             return torch.convolution(x, w, c, *self.options)
-        parts = step.apart(x).unbind(0)
+        parts = x.chunk(step.m)
         biases = [None] * step.m if c is None else c.unbind(0)
         return torch.cat([torch.convolution(p, k, e, *self.options) for p, k, e in zip(parts, w, biases, strict=True)])
 
     def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
         """dx as one convolution where the weights are shared; dW client by client."""
-        w = step.weights[self.weight]
-        clients = list(zip(step.apart(g), step.apart(x), w.expand(step.m, *w.shape) if step.shared else w, strict=True))
+        x, g, w = _channels_last(x), _channels_last(g), step.weights[self.weight]
+        weights = w.expand(step.m, *w.shape) if step.shared else w
+        clients = list(zip(g.chunk(step.m), x.chunk(step.m), weights, strict=True))
         dx = None
         if needs_x and step.shared:
             dx = self._backward(g, x, w, (True, False, False))[0]
@@ -143,7 +182,8 @@ class Conv:
             dx = torch.cat([self._backward(*one, (True, False, False))[0] for one in clients])
         step.sink.add(self.weight, torch.stack([self._backward(*one, (False, True, False))[1] for one in clients]))
         if self.bias is not None:
-            step.sink.add(self.bias, step.apart(g).flatten(3).sum((1, 3)))
+            sums = g.sum(tuple(range(2, g.dim())))  # [m b, o]
+            step.sink.add(self.bias, sums.view(step.m, -1, sums.shape[1]).sum(1))
         return dx
 
     def _backward(self, g: Tensor, x: Tensor, w: Tensor, mask: tuple[bool, bool, bool]) -> Any:

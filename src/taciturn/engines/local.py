@@ -9,6 +9,7 @@ Symbols: M clients of the cohort in plan order; m clients of a block; own: the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ from taciturn.core.types import (
 from taciturn.engines.crew import Crew
 from taciturn.engines.post import Post
 from taciturn.engines.store import ClientStore
-from taciturn.engines.train import Job, Lift
+from taciturn.engines.train import Job, Lift, Upload
 from taciturn.method import Method
 
 Lose = Callable[[int, int], bool]  # round, client -> its upload is lost
@@ -62,12 +63,13 @@ class LocalEngine:
         *,
         lift: Lift,
         block: int,
+        summed: bool = False,
         lose: Lose | None = None,
     ) -> None:
         self.work, self.method, self.post, self.clients, self.crew, self.block = work, method, post, clients, crew, block
         self.store = clients.table("own", work.newcomer())
         self._receivers = clients.table("receiver", work.codec.init(work.split.layout)[1])
-        self._lift, self._lose = lift, lose
+        self._lift, self._lose, self._summed = lift, lose, summed
         self._groups: list[_Group] = []
         self._pending: list[tuple[Tensor, State, State]] = []
 
@@ -82,7 +84,7 @@ class LocalEngine:
         self.clients.touch(plan.ids)
         self.post.enrol(plan.ids, self.work.task.train.sizes[plan.ids])
         order = torch.argsort(plan.limit, descending=True, stable=True)  # blocks of equal length, the longest first
-        for where in torch.split(order, self.block):
+        for where in torch.split(order, self._size(len(order))):
             ids = plan.ids[where]
             held = self.post.model("model", ids, cast)
             self._groups.append(_Group(where, ids, held, torch.ones(len(ids), dtype=torch.bool)))
@@ -91,6 +93,11 @@ class LocalEngine:
             self.post.message("down", "monitor", plan.ids, rows)
         self.crew.begin(cast.held, plan.round, plan.lr_scale, sync)
         self.post.ledger.exchange()
+
+    def _size(self, m: int) -> int:
+        """Clients of each block: as few blocks of at most `block` as give everyone some work."""
+        blocks = max(math.ceil(m / self.block), self.crew.count)
+        return math.ceil(m / blocks)
 
     def advance(self, steps: int) -> Observations:
         """Local steps; with a silent rule they are only noted, and run block by block in `collect`."""
@@ -124,33 +131,52 @@ class LocalEngine:
 
     def collect(self) -> Iterator[Block]:
         """Upload, decode, check: one block after the other, so that a cohort need not fit in memory."""
-        found = self.crew.each("collect", ((n, self._job(n), self._owed) for n in range(len(self._groups))))
-        for group, upload in zip(self._groups, found, strict=True):
-            riders = {f"stats.{name}": value for name, value in upload.stats.items()}
-            received = self.post.message("up", "update", group.ids, upload.payload, riders)
-            stats = {name: received[f"stats.{name}"].cpu() for name in upload.stats}
-            yield self._receive(group, {name: received[name] for name in upload.payload}, stats, upload.kept)
 
-    def _receive(self, group: _Group, payload: Payload, stats: Record, kept: State) -> Block:
+        def call(number: int) -> tuple[int, Job | None, int, Tensor | None]:
+            weights = self._counted(self._groups[number]) if self._summed else None
+            return number, self._job(number), self._owed, weights
+
+        found = self.crew.each("collect", (call(number) for number in range(len(self._groups))))
+        for group, upload in zip(self._groups, found, strict=True):
+            m = len(group.ids)
+            payload = {name: t if len(t) == m else t.expand(m, *t.shape[1:]) for name, t in upload.payload.items()}
+            riders = {f"stats.{name}": value for name, value in upload.stats.items()}
+            received = self.post.message("up", "update", group.ids, payload, riders)
+            stats = {name: received[f"stats.{name}"].cpu() for name in upload.stats}
+            yield self._receive(group, {name: received[name] for name in upload.payload}, stats, upload)
+
+    def _counted(self, group: _Group) -> Tensor:
+        """Weights of a block's clients whose answer is not lost [m]."""
+        return torch.where(self._lost(group), 0.0, self._plan.weights[group.where])
+
+    def _lost(self, group: _Group) -> Tensor:
+        """Whose answer is lost [m], by the injected fault."""
+        if self._lose is None:
+            return torch.zeros(len(group.ids), dtype=torch.bool)
+        return torch.tensor([self._lose(self._plan.round, i) for i in group.ids.tolist()])
+
+    def _receive(self, group: _Group, payload: Payload, stats: Record, upload: Upload) -> Block:
         """The server's half: decode, and set aside what is not finite (0 x NaN is NaN, so rows are zeroed)."""
-        layout = self.work.split.layout
+        layout, total = self.work.split.layout, None
         rx = self._receivers.read(group.ids)
-        updates, rx = self._lift(lambda p, r: self.work.codec.decode(p, r, layout=layout))(payload, rx)
+        if upload.finite is None:
+            updates, rx = self._lift(lambda p, r: self.work.codec.decode(p, r, layout=layout))(payload, rx)
+            finite = _finite(updates)
+        else:
+            total, _ = self.work.codec.decode({name: t[0] for name, t in payload.items()}, {}, layout=layout)
+            updates, finite = total.new_empty(0, layout.d), upload.finite
         status = torch.full((len(group.ids),), OK)
-        suspects = (~torch.isfinite(updates.sum(1))).nonzero().squeeze(1)  # a finite sum has finite terms; large ones may
-        if len(suspects):  # still overflow, so that the suspects are looked at value by value
-            status[suspects[~torch.isfinite(updates[suspects]).all(1)].cpu()] = BAD_UPDATE
+        status[~finite] = BAD_UPDATE
         status[~torch.isfinite(stats["loss"])] = BAD_LOSS
-        if self._lose is not None:
-            status[torch.tensor([self._lose(self._plan.round, i) for i in group.ids.tolist()])] = LOST
+        status[self._lost(group)] = LOST
         self.post.acknowledge(group.ids[status != LOST], self._cast)
         good = (status == OK).to(updates.device)
-        if not good.all():
+        if total is None and not good.all():
             updates = torch.where(good.unsqueeze(1), updates, 0.0)
         weights = torch.where(good, self._plan.weights[group.where].to(updates.device), 0.0)
-        self._pending.append((group.ids, kept, rx))
+        self._pending.append((group.ids, upload.kept, rx))
         start = group.held["x"].to(updates.dtype).expand(len(group.ids), -1)
-        return Block(group.ids, start, updates, weights, layout, stats, status)
+        return Block(group.ids, start, updates, weights, layout, stats, status, total)
 
     def commit(self, accepted: Tensor) -> None:
         """Accepted clients own their new state; the others stay as if they had not been drawn."""
@@ -167,7 +193,7 @@ class LocalEngine:
         The model's way down and the sums' way up are counted as "evaluate"; the client does not keep this model, so an
         evaluation never saves a later round its bytes.
         """
-        parts = torch.split(ids, self.block)
+        parts = torch.split(ids, self._size(len(ids)))
         self.crew.begin(cast.held, cast.source, 1.0, {})
         self.post.expect(ids)
 
@@ -189,6 +215,15 @@ class LocalEngine:
     def restore(self, state: State) -> None:
         """The inverse of `export`."""
         self.post.restore(state["post"])
+
+
+def _finite(updates: Tensor) -> Tensor:
+    """Which rows [m] of [m, d] are finite. A finite sum has finite terms; one that is not is looked at value by value."""
+    finite = torch.isfinite(updates.sum(1))
+    suspects = (~finite).nonzero().squeeze(1)
+    if len(suspects):  # large terms may overflow
+        finite[suspects] = torch.isfinite(updates[suspects]).all(1)
+    return finite.cpu()
 
 
 def _rows(state: State, places: Tensor) -> State:

@@ -44,8 +44,7 @@ from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema
 ENGINES = ("auto", "loopback", "ray", "sequential", "stacked")
 VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
 BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block
-PART_VALUES = 1_000_000  # layer by layer: of the clients that train at once, so that their weights stay in cache
-MOST_VALUES = 64_000_000  # of a block of a large model, whose first step wants some clients that share it
+LAYER_VALUES = 64_000_000  # the same, layer by layer, where few of them are formed
 
 
 def one(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,9 +82,8 @@ class Direct:
         return len(schema.text)
 
     def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
-        """The payload itself, and `nbytes` of each row."""
-        sizes = torch.vmap(nbytes)(payload) if payload else torch.zeros(len(ids), dtype=torch.int64)
-        return payload, sizes
+        """The payload itself, and the bytes of each row: the same for all, as payloads have fixed shapes."""
+        return payload, nbytes(row(payload, 0)).expand(len(ids))
 
 
 @dataclass
@@ -127,7 +125,6 @@ class Path:
     name: str
     path: str
     block: int
-    width: int
     why: str
     fused: Fused | None = field(default=None, repr=False, compare=False)
 
@@ -140,26 +137,18 @@ def choose(name: str, work: Work, block: int | None) -> Path:
     if name == "ray":
         return replace(choose("stacked", work, block), name="ray")
     if name in ("sequential", "loopback"):
-        return Path(name, SINGLE, 1, 1, "asked for")
+        return Path(name, SINGLE, 1, "asked for")
     reason = work.task.sequential_only or _probe(work)
     if reason:
-        return Path("sequential", SINGLE, 1, 1, reason)
+        return Path("sequential", SINGLE, 1, reason)
     fused = fused_or_reason(work)
     d = max(1, work.split.layout.d + work.split.personal.d)
-    size, part, way = max(1, min(64, BLOCK_VALUES // d)), 64, VMAP
-    if isinstance(fused, Fused):
-        size, part, way = max(1, min(64, max(BLOCK_VALUES // d, min(16, MOST_VALUES // d)))), _part(d), LAYERS
-    size = block or size
+    most = min(50, LAYER_VALUES // d) if isinstance(fused, Fused) else min(64, BLOCK_VALUES // d)
+    size = block or max(1, most)
     why = f"blocks of {size}, " + ("asked for" if block else "by the size of the model")
     if isinstance(fused, str):
-        why += f"; not layer by layer: {fused}"
-    part = min(part, size) if way == LAYERS else size
-    return Path("stacked", way, size, part, why, fused if isinstance(fused, Fused) else None)
-
-
-def _part(d: int) -> int:
-    """Clients that train at once: as many as stay in cache, or where not even two do, enough to share the first step."""
-    return PART_VALUES // d if 2 * d <= PART_VALUES else 16
+        return Path("stacked", VMAP, size, f"{why}; not layer by layer: {fused}")
+    return Path("stacked", LAYERS, size, why, fused)
 
 
 def _probe(work: Work) -> str:
@@ -183,7 +172,19 @@ def trainer(work: Work, sync: SyncRule, batch_size: int, key: Key, path: Path) -
     """The clients' half on a path that was chosen, here or on another machine. key: of the run."""
     lift = one if path.path == SINGLE else many
     way = path.fused or (Fused(work) if path.path == LAYERS else Plain(work, lift))
-    return Trainer(work, sync, batch_size, random.fold(key, "client"), way, lift, path.width)
+    return Trainer(work, sync, batch_size, random.fold(key, "client"), way, lift)
+
+
+def sends_drift(work: Work) -> bool:
+    """True if what arrives of a client is its drift and nothing else depends on it, so that a sum of drifts is enough."""
+    layout = work.split.layout
+    if work.codec.lossy or work.codec.init(layout) != ({}, {}) or work.solver.init(work.split):
+        return False
+    u = random.normal(random.key(0), layout.d).to(work.split.x0)
+    message, kept = work.solver.message(client.begin(work, work.split.x0, work.newcomer())["solver"], u)
+    payload, _ = work.codec.encode(message, {}, random.key(0), layout=layout, knobs={})
+    decoded, _ = work.codec.decode(payload, {}, layout=layout)
+    return not kept and torch.equal(decoded, u)
 
 
 def build(
@@ -216,4 +217,5 @@ def build(
         crew = forked(trainer(*parts, path), workers or 1, lend=method.aggregator.linear)
     else:
         crew = Alone(trainer(*parts, path))
-    return LocalEngine(work, method, post, clients, crew, lift=lift, block=path.block, lose=lose), path
+    summed = path.fused is not None and method.aggregator.linear and sends_drift(work)
+    return LocalEngine(work, method, post, clients, crew, lift=lift, block=path.block, summed=summed, lose=lose), path

@@ -30,7 +30,11 @@ class Plain:
     work: Work
     lift: Lift
 
-    def begin(self, held: State, start: Tensor, own: State, lr_scale: float) -> _Part:
+    def width(self, steps: int, batch: int) -> int:
+        """The whole block."""
+        return 1 << 30
+
+    def begin(self, held: State, start: Tensor, own: State, lr_scale: float, steps: int) -> _Part:
         """The local records at the start of a round."""
         local = self.lift(lambda x, o: client.begin(self.work, x, o))(start, own)
         return _Part(held, local, torch.tensor(lr_scale, dtype=start.dtype, device=start.device))
@@ -53,6 +57,12 @@ class Plain:
     def drift(self, part: _Part, out: Tensor) -> None:
         """u = y - start."""
         out.copy_(self.lift(lambda local: client.drift(self.work, local))(part.local))
+
+    def total(self, part: _Part, weights: Tensor) -> Tensor:
+        """The drifts, summed."""
+        u = part.lr_scale.new_empty(len(weights), self.work.split.layout.d)
+        self.drift(part, u)
+        return weights @ u
 
     def record(self, part: _Part) -> State:
         """The records themselves."""

@@ -1,8 +1,8 @@
 """The clients' half of an engine: what happens where the data are, block by block, without a word on the wire.
 
-A `Job` is a block of clients in a round. The trainer cuts it into parts of `width` clients that stay in the processor's
-cache, trains each on a `Way` (plain.py, fused.py), and encodes the block's updates. It keeps nothing between rounds, so
-it can live in another process (crew.py): lost, it is started again and told the round once more.
+A `Job` is a block of clients in a round. The trainer cuts it into parts that suit the processor's cache, trains each on a
+`Way` (plain.py, fused.py), and encodes the block's updates. It keeps nothing between rounds, so it can live in another
+process (crew.py): lost, it is started again and told the round once more.
 
 Symbols: m clients of a block, k of them still training; d shared parameters; T local steps of a stride; b batch size.
 """
@@ -40,18 +40,27 @@ class Job:
 
 @dataclass(frozen=True)
 class Upload:
-    """What a block sends, [m, ..] each: encoded update, stats, and what the client keeps once it is accepted."""
+    """What a block sends, [m, ..] each: encoded update, stats, and what the client keeps once it is accepted.
+
+    Where a sum is enough, the payload is one message [1, ..] that holds the weighted sum of the updates that are finite,
+    and `finite` [m] says which are.
+    """
 
     payload: Payload
     stats: Record
     kept: State
+    finite: Tensor | None = None
 
 
 class Way(Protocol):
     """How a part of a block is trained. A part is any value that the way understands."""
 
-    def begin(self, held: State, start: Tensor, own: State, lr_scale: float) -> Any:
-        """A part at the start of a round: start [m, d] (rows alike), own [m, ..]."""
+    def width(self, steps: int, batch: int) -> int:
+        """How many clients train best at once, for so many steps in the round."""
+        ...
+
+    def begin(self, held: State, start: Tensor, own: State, lr_scale: float, steps: int) -> Any:
+        """A part at the start of a round: start [m, d] (rows alike), own [m, ..]; steps: the most of a client."""
         ...
 
     def advance(self, part: Any, todo: list[int], fetch: Fetch) -> Any:
@@ -66,6 +75,10 @@ class Way(Protocol):
         """Write u = y - start [m, d]."""
         ...
 
+    def total(self, part: Any, weights: Tensor) -> Tensor:
+        """Sum of weights [m] times drift -> [d], where that is cheaper than the drifts themselves."""
+        ...
+
     def record(self, part: Any) -> State:
         """The clients' local records (client.py) [m, ..]; y may be missing where the solver is affine."""
         ...
@@ -77,6 +90,11 @@ class _Part:
 
     rows: Tensor
     value: Any
+
+    @property
+    def place(self) -> slice:
+        """Where its clients are in the block, once it is settled."""
+        return slice(int(self.rows[0]), int(self.rows[-1]) + 1)
 
 
 Advance = Callable[[_Part], None]
@@ -96,8 +114,8 @@ class _Open:
 class Trainer:
     """Trains and encodes the blocks of a round."""
 
-    def __init__(self, work: Work, sync: SyncRule, batch_size: int, key: Key, way: Way, lift: Lift, width: int) -> None:
-        self.work, self.width = work, width
+    def __init__(self, work: Work, sync: SyncRule, batch_size: int, key: Key, way: Way, lift: Lift) -> None:
+        self.work = work
         self._rule, self._batch = sync, min(batch_size, int(work.task.train.sizes.max()))
         self._key, self.way, self._lift = key, way, lift
         self._open: dict[int, _Open] = {}
@@ -114,30 +132,39 @@ class Trainer:
         opened = self._opened(number, job)
         opened.parts = opened.parts or self._parts(opened)
         advance = self._stride(opened, steps)
-        for part in opened.parts:
-            advance(part)
         u = opened.start.new_empty(opened.start.shape)
         for part in opened.parts:
-            self._drift(part, u)
+            advance(part)
+            self._settle(part)
+            self.way.drift(part.value, u[part.place])
         payload, go = self._lift(lambda u: self._rule.observe(u, self._sync))(u)
         opened.live = opened.live & go.cpu() & (opened.done < opened.job.limit)
         return payload, opened.live
 
-    def collect(self, number: int, job: Job | None, steps: int) -> Upload:
-        """`steps` more local steps, then the encoded updates; the job is closed."""
+    def collect(self, number: int, job: Job | None, steps: int, weights: Tensor | None) -> Upload:
+        """`steps` more local steps, then the encoded updates; the job is closed. weights [m]: their sum is enough."""
         opened = self._opened(number, job)
         del self._open[number]
-        ids, own = opened.job.ids, opened.job.own
-        u = opened.start.new_empty(opened.start.shape)
-        records, advance = [], self._stride(opened, steps)
+        m, d = opened.start.shape
+        u = opened.start.new_empty(d if weights is not None else (m, d)).expand(m, d)
+        total, finite, records, advance = u.new_zeros(d), torch.ones(m, dtype=torch.bool), [], self._stride(opened, steps)
         for part in opened.parts or self._parts(opened, lazy=True):
             advance(part)
-            self._drift(part, u)
-            records.append(self._record(part))
+            self._settle(part)
+            records.append(self.way.record(part.value))
+            if weights is None:
+                self.way.drift(part.value, u[part.place])
+            else:
+                found, finite[part.place] = self._total(part, records[-1]["loss"], weights[part.place], d)
+                total += found
             part.value = None  # the next part takes its memory
         local: State = tree_map(lambda *t: torch.cat(t), *records) if len(records) > 1 else records[0]
-        keys = random.fold(self._key, ids, "encode", self._round).to(u.device)
-        return Upload(*self._lift(lambda *a: client.collect(self.work, *a))(local, u, own, keys))
+        keys = random.fold(self._key, opened.job.ids, "encode", self._round).to(u.device)
+        upload = Upload(*self._lift(lambda *a: client.collect(self.work, *a))(local, u, opened.job.own, keys))
+        if weights is None:
+            return upload
+        payload, _ = self.work.codec.encode(total, {}, keys[0], layout=self.work.split.layout, knobs={})
+        return replace(upload, payload={name: t.unsqueeze(0) for name, t in payload.items()}, finite=finite)
 
     def measure(self, number: int, job: Job, split: str) -> dict[str, Tensor]:
         """Sums [m] of the model that clients hold, with their own parts, on their own data of a split."""
@@ -180,9 +207,11 @@ class Trainer:
         def begin(rows: Tensor) -> _Part:
             a, b = int(rows[0]), int(rows[-1]) + 1
             own: State = tree_map(lambda t: t[a:b], opened.job.own)
-            return _Part(rows, self.way.begin(opened.job.held, opened.start[a:b], own, self._lr_scale))
+            return _Part(rows, self.way.begin(opened.job.held, opened.start[a:b], own, self._lr_scale, steps))
 
-        parts = (begin(rows) for rows in torch.split(torch.arange(len(opened.job.ids)), self.width))
+        steps = int(opened.job.limit.max())
+        width = self.way.width(steps, self._batch)
+        parts = (begin(rows) for rows in torch.split(torch.arange(len(opened.job.ids)), width))
         return parts if lazy else list(parts)
 
     def _stride(self, opened: _Open, steps: int) -> Advance:
@@ -201,31 +230,32 @@ class Trainer:
             if bool((mine.diff() > 0).any()):  # some in the middle have halted: those that train come first
                 order = torch.argsort(mine, descending=True, stable=True)
                 part.value, part.rows, mine = self.way.reorder(part.value, order), part.rows[order], mine[order]
+            ids, samples, real, drawn = (t[part.rows] for t in (job.ids, index, mask, step_keys))
 
             def fetch(t: int, k: int) -> tuple[Batch, Tensor]:
                 """Batches and keys of local step t of the first k clients."""
-                rows = part.rows[:k]
-                now = step_keys[rows, t]
-                batch = data.fetch(job.ids[rows], index[rows, t], now)
-                return batch | {"mask": mask[rows, t].to(device)}, now.to(device)
+                now = drawn[:k, t]
+                batch = data.fetch(ids[:k], samples[:k, t], now)
+                return batch | {"mask": real[:k, t].to(device)}, now.to(device)
 
             part.value = self.way.advance(part.value, mine.tolist(), fetch)
             done[part.rows] += mine
 
         return advance
 
-    def _drift(self, part: _Part, u: Tensor) -> None:
-        """Write the part's rows of u."""
-        rows = part.rows
-        if bool((rows.diff() == 1).all()):
-            self.way.drift(part.value, u[int(rows[0]) : int(rows[-1]) + 1])
-            return
-        found = u.new_empty(len(rows), u.shape[1])
-        self.way.drift(part.value, found)
-        u[rows.to(u.device)] = found
+    def _settle(self, part: _Part) -> None:
+        """Put the part's clients back in the order of the block."""
+        if bool((part.rows.diff() < 0).any()):
+            order = torch.argsort(part.rows)
+            part.value, part.rows = self.way.reorder(part.value, order), part.rows[order]
 
-    def _record(self, part: _Part) -> State:
-        """The part's local records, in the order of the block."""
-        order = torch.argsort(part.rows)
-        value = part.value if bool((part.rows.diff() == 1).all()) else self.way.reorder(part.value, order)
-        return self.way.record(value)
+    def _total(self, part: _Part, loss: Tensor, weights: Tensor, d: int) -> tuple[Tensor, Tensor]:
+        """Weighted sum [d] of a part's finite drifts, and which are: looked at one by one only if the sum is not."""
+        weights = torch.where(torch.isfinite(loss), weights.to(loss), 0.0)
+        total = self.way.total(part.value, weights)
+        if bool(torch.isfinite(total).all()):
+            return total, torch.ones(len(weights), dtype=torch.bool)
+        u = total.new_empty(len(weights), d)
+        self.way.drift(part.value, u)
+        finite = torch.isfinite(u).all(1)
+        return torch.where(finite, weights, 0.0) @ torch.where(finite.unsqueeze(1), u, 0.0), finite.cpu()

@@ -308,7 +308,7 @@ def _header(run: _Run) -> dict[str, Any]:
         "versions": {"taciturn": version("taciturn"), "torch": torch.__version__, "python": platform.python_version()},
         "experiment": to_table(run.experiment),
         "seed": run.experiment.seed,
-        "engine": {name: getattr(run.path, name) for name in ("name", "path", "block", "width", "why")},
+        "engine": {name: getattr(run.path, name) for name in ("name", "path", "block", "why")},
         "threads": torch.get_num_threads(),
         "randomness": run.task.facts.randomness,
         "layout": split.layout.fingerprint,

@@ -68,7 +68,9 @@ class TableClients:
     def fetch(self, ids: Tensor, index: Tensor, keys: Key | None = None) -> Batch:
         """Samples `index` [m, b] of clients `ids` [m] -> {name: [m, b, ..]}."""
         rows = self.rows[self.offsets[ids].unsqueeze(1) + index]
-        return {name: values[rows.to(values.device)] for name, values in self.fields.items()}
+        flat = rows.flatten()
+        chosen = {name: values.index_select(0, flat.to(values.device)) for name, values in self.fields.items()}
+        return {name: values.view(*rows.shape, *values.shape[1:]) for name, values in chosen.items()}
 
     def to(self, device: torch.device | str) -> TableClients:
         """The same clients with their tables on a device."""
