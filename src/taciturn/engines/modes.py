@@ -6,7 +6,7 @@ stacked     a block of clients at once: layer by layer with updates inside the b
             layers are known, else through `torch.vmap`, else one at a time; the record says which and why.
 ray         stacked, and the blocks are cut over the actors of a Ray cluster (ray.py).
 Laws: sequential = loopback in every bit and byte; stacked = sequential to rounding, and in every byte and draw; ray =
-stacked with one torch thread, in every bit and byte.
+stacked with one torch thread and the same blocks, in every bit and byte.
 """
 
 from __future__ import annotations

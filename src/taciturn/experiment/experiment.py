@@ -31,7 +31,7 @@ class Experiment:
     """Everything that decides a run.
 
     engine: auto | sequential | loopback | stacked | ray. block: clients of a stacked block (None: by the model's size).
-    workers: processes that train, on CPUs (None: one, or with ray all CPUs of the cluster); any number, the same bits.
+    workers: processes that train, on CPUs (None: one, or with ray all CPUs of the cluster); same blocks, same bits.
     evaluate_every: rounds between two evaluations of the leading metric, on the server's test set where there is one and
     nothing is personal, else on the clients' own held-out data. evaluate_clients_every: rounds between two evaluations of
     the clients' own data (0: at the end only; it costs traffic, counted apart). evaluate_on: which of their splits.
