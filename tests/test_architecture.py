@@ -29,7 +29,7 @@ FLOORS = [
     {"cli"},
 ]
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
-OPTIONAL = {"pyarrow", "sklearn"}  # imported where they are used, never at the top of a module
+OPTIONAL = {"pyarrow", "sklearn", "ray"}  # imported where they are used, never at the top of a module
 
 
 def room_of(path: Path) -> str:
@@ -94,6 +94,11 @@ def test_sizes_and_docstrings(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_optional_packages_are_imported_lazily(path):
     assert not {name.split(".")[0] for name in imports(path, top_only=True)} & OPTIONAL
+
+
+def test_ray_has_one_door():
+    users = {str(path.relative_to(ROOT)) for path in FILES if "ray" in {name.split(".")[0] for name in imports(path)}}
+    assert users == {"engines/ray.py"}
 
 
 def test_no_pickle_no_eval_from_the_network():

@@ -77,7 +77,7 @@ def run(
     source: Annotated[str, typer.Argument(help="a recipe or a TOML file; not needed with --resume")] = "",
     settings: Settings = None,
     data: Data = "",
-    engine: Annotated[str | None, typer.Option(help="auto, sequential, loopback or stacked")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, sequential, loopback, stacked or ray")] = None,
     rounds: Annotated[int | None, typer.Option(help="rounds in all")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="rounds between two checkpoints")] = None,

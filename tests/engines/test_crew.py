@@ -128,6 +128,12 @@ def test_workers_need_a_way_to_be_alone(task, monkeypatch):
         drive(task, BASE, "stacked", workers=2)
 
 
+def test_ray_is_asked_for_where_it_is_missing(task, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'taciturn\[ray\]'"):
+        drive(task, BASE, "ray")
+
+
 def test_no_worker_outlives_its_parent():
     program = """
 import os, time

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
-from taciturn.core.errors import RunError
+from taciturn.core.errors import RunError, TaciturnError
 from taciturn.core.state import State, clone
 from taciturn.engines.train import Job, Trainer, Upload
 
@@ -180,3 +180,29 @@ class Workers:
 def _light(argument: Any) -> Any:
     """A job without the model: workers were given it when the round began."""
     return replace(argument, held={}) if isinstance(argument, Job) else argument
+
+
+# ------------------------------------------------------------------------------------------------- what workers share
+
+
+def walk(tree: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
+    """A tree of dicts, tuples and records with fn applied to every leaf of a kind."""
+    if isinstance(tree, kind):
+        return fn(tree)
+    if isinstance(tree, dict):
+        return {name: walk(value, kind, fn) for name, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(walk(value, kind, fn) for value in tree)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return type(tree)(**{f.name: walk(getattr(tree, f.name), kind, fn) for f in fields(tree)})
+    return tree
+
+
+def outcome(fn: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
+    """(True, what fn gives) or (False, the error to raise where the answer is taken): our own as it is, others as text."""
+    try:
+        return True, fn(*arguments)
+    except TaciturnError as error:
+        return False, error
+    except Exception as error:
+        return False, RunError(f"a worker failed: {type(error).__name__}: {error}")

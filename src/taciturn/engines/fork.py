@@ -12,18 +12,17 @@ import mmap
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from taciturn.core.errors import ConfigError, RunError, TaciturnError
+from taciturn.core.errors import ConfigError, RunError
 from taciturn.core.state import State
-from taciturn.engines.crew import AHEAD, Gone, Workers
+from taciturn.engines.crew import AHEAD, Gone, Workers, outcome, walk
 from taciturn.engines.memory import keep_freed_memory
 from taciturn.engines.train import Trainer
 
@@ -76,19 +75,6 @@ class Arena:
         return flat.view(place.shape)
 
 
-def _walk(tree: Any, kind: type, fn: Callable[[Any], Any]) -> Any:
-    """A tree of dicts, tuples and records with fn applied to every leaf of a kind."""
-    if isinstance(tree, kind):
-        return fn(tree)
-    if isinstance(tree, dict):
-        return {name: _walk(value, kind, fn) for name, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(_walk(value, kind, fn) for value in tree)
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return type(tree)(**{f.name: _walk(getattr(tree, f.name), kind, fn) for f in fields(tree)})
-    return tree
-
-
 class Forked:
     """One child, and the talk with it: a worker of crew.py."""
 
@@ -106,7 +92,7 @@ class Forked:
     def tell(self, command: str, *arguments: Any) -> None:
         """Send a command. Errors: `Gone`."""
         self._orders.turn()
-        light = _walk(arguments, Tensor, self._orders.put)
+        light = walk(arguments, Tensor, self._orders.put)
         try:
             self._line.send((command, light))
         except OSError as error:
@@ -120,7 +106,7 @@ class Forked:
             raise Gone from error
         if not good:
             raise found
-        return _walk(found, _Place, self._answers.get)
+        return walk(found, _Place, self._answers.get)
 
     def close(self) -> None:
         """End the child."""
@@ -146,20 +132,17 @@ def _serve(
     def tensor(place: _Place) -> Tensor:
         return board.get(place) if place.shared else orders.get(place).clone()
 
+    def do(command: str, arguments: Any) -> Any:
+        result = getattr(trainer, command)(*walk(arguments, _Place, tensor))
+        answers.turn()
+        return walk(result, Tensor, answers.put)
+
     while True:
         try:
             command, arguments = line.recv()
         except (OSError, EOFError):
             return
-        try:
-            result = getattr(trainer, command)(*_walk(arguments, _Place, tensor))
-            answers.turn()
-            found = True, _walk(result, Tensor, answers.put)
-        except TaciturnError as error:
-            found = False, error
-        except Exception as error:
-            found = False, RunError(f"a worker failed: {type(error).__name__}: {error}")
-        line.send(found)
+        line.send(outcome(do, command, arguments))
 
 
 def workers(trainer: Trainer, count: int, lend: bool) -> Workers:
@@ -172,6 +155,6 @@ def workers(trainer: Trainer, count: int, lend: bool) -> Workers:
 
     def share(held: State) -> Any:
         board.turn()
-        return _walk(held, Tensor, board.put)
+        return walk(held, Tensor, board.put)
 
     return Workers(lambda: Forked(trainer, board, ours), share, count, lend)

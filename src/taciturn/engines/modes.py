@@ -1,16 +1,19 @@
-"""Three ways to run the local engine.
+"""Four ways to run the local engine.
 
 sequential  one client after another, no client axis: the plain reading of client.py.
 loopback    sequential, and each message is packed to bytes, unpacked, and nothing else reaches the other side.
 stacked     a block of clients at once: layer by layer with updates inside the backward pass (fused.py) where all
             layers are known, else through `torch.vmap`, else one at a time; the record says which and why.
-Laws: sequential = loopback in every bit and byte; stacked = sequential to rounding, and in every byte and draw.
+ray         stacked, and the blocks are cut over the actors of a Ray cluster (ray.py).
+Laws: sequential = loopback in every bit and byte; stacked = sequential to rounding, and in every byte and draw; ray =
+stacked with one torch thread and the same blocks, in every bit and byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from taciturn.core import random
 from taciturn.core.errors import require, unknown
 from taciturn.core.random import Key
 from taciturn.core.state import row, stack, tree_map
-from taciturn.core.types import Payload
+from taciturn.core.types import Payload, SyncRule
 from taciturn.engines.crew import Alone, Crew
 from taciturn.engines.fork import workers as forked
 from taciturn.engines.fused import Fused
@@ -32,12 +35,13 @@ from taciturn.engines.local import LocalEngine, Lose
 from taciturn.engines.memory import keep_freed_memory
 from taciturn.engines.plain import Plain
 from taciturn.engines.post import Post
+from taciturn.engines.ray import workers as actors
 from taciturn.engines.store import ClientStore
 from taciturn.engines.train import Trainer
 from taciturn.method import Method
 from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
 
-ENGINES = ("auto", "loopback", "sequential", "stacked")
+ENGINES = ("auto", "loopback", "ray", "sequential", "stacked")
 VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
 BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block
 LAYER_VALUES = 64_000_000  # the same, layer by layer, where few of them are formed
@@ -130,6 +134,8 @@ def choose(name: str, work: Work, block: int | None) -> Path:
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES, "engine")
     require(block is None or block >= 1, f"block: at least 1 client; got {block}")
+    if name == "ray":
+        return replace(choose("stacked", work, block), name="ray")
     if name in ("sequential", "loopback"):
         return Path(name, SINGLE, 1, "asked for")
     reason = work.task.sequential_only or _probe(work)
@@ -162,6 +168,13 @@ def _probe(work: Work) -> str:
     return ""
 
 
+def trainer(work: Work, sync: SyncRule, batch_size: int, key: Key, path: Path) -> Trainer:
+    """The clients' half on a path that was chosen, here or on another machine. key: of the run."""
+    lift = one if path.path == SINGLE else many
+    way = path.fused or (Fused(work) if path.path == LAYERS else Plain(work, lift))
+    return Trainer(work, sync, batch_size, random.fold(key, "client"), way, lift)
+
+
 def sends_drift(work: Work) -> bool:
     """True if what arrives of a client is its drift and nothing else depends on it, so that a sum of drifts is enough."""
     layout = work.split.layout
@@ -181,23 +194,28 @@ def build(
     key: Key,
     *,
     block: int | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     lose: Lose | None = None,
 ) -> tuple[LocalEngine, Path]:
     """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible.
 
-    workers: processes that train; with more than one the engine must be closed (`engine.crew.close()`).
+    workers: processes that train, 1 unless given; for ray its actors, all CPUs of the cluster unless given. With more than
+    one, and with ray, the engine must be closed (`engine.crew.close()`).
     """
+    require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
     path = choose(name, work, block)
     keep_freed_memory()
     wired, lift, split = path.name == "loopback", one if path.path == SINGLE else many, work.split
     clients = ClientStore(len(work.task.train.sizes))
     post = Post(Wired() if wired else Direct(), method.broadcast, split.layout, clients, split.x0, copies=wired)
-    way, own_key = path.fused or Plain(work, lift), random.fold(key, "client")
-    trainer = Trainer(work, method.sync, method.batch_size, own_key, way, lift)
-    crew: Crew = Alone(trainer)
-    if workers > 1:
+    parts = work, method.sync, method.batch_size, key
+    crew: Crew
+    if path.name == "ray":
+        crew = actors(partial(trainer, *parts, replace(path, fused=None)), workers, split.x0.device)
+    elif (workers or 1) > 1:
         require(not wired, "workers: the loopback engine has one process; use stacked or sequential")
-        crew = forked(trainer, workers, lend=method.aggregator.linear)
+        crew = forked(trainer(*parts, path), workers or 1, lend=method.aggregator.linear)
+    else:
+        crew = Alone(trainer(*parts, path))
     summed = path.fused is not None and method.aggregator.linear and sends_drift(work)
     return LocalEngine(work, method, post, clients, crew, lift=lift, block=path.block, summed=summed, lose=lose), path

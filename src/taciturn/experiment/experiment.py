@@ -30,8 +30,8 @@ class StopAt:
 class Experiment:
     """Everything that decides a run.
 
-    engine: auto | sequential | loopback | stacked. block: clients of a stacked block (None: by the size of the model).
-    workers: processes that train (Linux, CPU); any number gives the same bits.
+    engine: auto | sequential | loopback | stacked | ray. block: clients of a stacked block (None: by the model's size).
+    workers: processes that train, on CPUs (None: one, or with ray all CPUs of the cluster); same blocks, same bits.
     evaluate_every: rounds between two evaluations of the leading metric, on the server's test set where there is one and
     nothing is personal, else on the clients' own held-out data. evaluate_clients_every: rounds between two evaluations of
     the clients' own data (0: at the end only; it costs traffic, counted apart). evaluate_on: which of their splits.
@@ -46,7 +46,7 @@ class Experiment:
     name: str = "run"
     engine: str = "auto"
     block: int | None = None
-    workers: int = 1
+    workers: int | None = None
     device: str = "cpu"
     dtype: Literal["float32", "float64"] = "float32"
     evaluate_every: int = 1
@@ -59,7 +59,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, f"rounds: at least 1; got {self.rounds}")
-        require(self.workers >= 1, f"workers: at least 1 process; got {self.workers}")
+        require(self.workers is None or self.workers >= 1, f"workers: at least 1 process; got {self.workers}")
         require(self.evaluate_every >= 1, f"evaluate_every: at least 1 round; got {self.evaluate_every}")
         require(self.evaluate_clients_every >= 0, f"evaluate_clients_every: at least 0; got {self.evaluate_clients_every}")
         count = self.evaluate_count
