@@ -35,7 +35,7 @@ def test_the_block_is_read_from_the_record(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked: Linux")
 def test_a_run_may_go_on_with_other_workers(tmp_path):
-    alone = taciturn.run(experiment(rounds=4))
+    alone = taciturn.run(experiment(rounds=4, workers=2))
     taciturn.run(experiment(rounds=2, workers=2), out=tmp_path)
     resumed = taciturn.run(experiment(rounds=4, workers=3), out=tmp_path, resume=True)
     assert all(torch.equal(alone.tensors[name], value) for name, value in resumed.tensors.items())

@@ -109,9 +109,12 @@ class _Part:
 
 
 class Fused:
-    """One way to train a part of a block (train.py). Errors: `Refusal` where the model cannot be run this way."""
+    """One way to train a part of a block (train.py). Errors: `Refusal` where the model cannot be run this way.
 
-    def __init__(self, work: Work) -> None:
+    rows: of each linear layer for one sample, where they are known from another `Fused` of the same work.
+    """
+
+    def __init__(self, work: Work, rows: dict[str, int] | None = None) -> None:
         split, task = work.split, work.task
         if task.sequential_only or split.buffers.d:
             raise Refusal(task.sequential_only or "it keeps running statistics")
@@ -124,7 +127,8 @@ class Fused:
         self._flat = self._affine is None and self._adam is None
         self._program = rewrite(task.model, names)
         self._base = split.layout.views(split.x0)
-        self._linear = dict.fromkeys(linear_weights(task.model) & set(split.layout.names), 1)  # rows of each for a sample
+        known = linear_weights(task.model) & set(split.layout.names)
+        self.rows = rows or dict.fromkeys(sorted(known), 1)  # of each linear layer, for a sample
         if set(split.join({}, split.layout.views(split.x0), split.personal.views(split.v0))) != names:
             raise Refusal("its partition joins more than views of the vectors")
 
@@ -138,10 +142,10 @@ class Fused:
         return WIDE if steps == 1 or 2 * sum(late) > d else max(1, PART_VALUES // d)
 
     def _stays(self, name: str, samples: int) -> bool:
-        if name not in self._linear:
+        if name not in self.rows:
             return False
         o, i = self._base[name].shape
-        return samples * self._linear[name] * (o + i) <= o * i
+        return samples * self.rows[name] * (o + i) <= o * i
 
     def begin(self, held: State, start: Tensor, own: State, lr_scale: float, steps: int) -> _Part:
         """Weights by layer, each dense, as a batch of products wants them; for other solvers flat records."""
@@ -158,7 +162,7 @@ class Fused:
             return part
         if self._affine is not None:
             lr, mu = self._affine
-            part.late = {name: Late(x, m, lr * lr_scale, mu, steps) for name, x in base.items() if name in self._linear}
+            part.late = {name: Late(x, m, lr * lr_scale, mu, steps) for name, x in base.items() if name in self.rows}
         v = split.personal.views(begun["solver"]["v"])
         part.own = {name: x.new_empty(m, *x.shape) for name, x in base.items() if name not in part.late}
         part.fresh = not split.personal.d  # then the first step is shared, and writes the weights
@@ -231,7 +235,7 @@ class Fused:
 
     def note_rows(self, part: _Part, samples: int) -> None:
         """Learn how many rows a sample has in each linear layer."""
-        self._linear |= {name: late.rows // samples for name, late in part.late.items()}
+        self.rows |= {name: late.rows // samples for name, late in part.late.items()}
 
     def reorder(self, part: _Part, order: Tensor) -> _Part:
         """Everything of the clients in another order."""

@@ -60,13 +60,15 @@ class LocalEngine:
         post: Post,
         clients: ClientStore,
         crew: Crew,
+        block: int,
+        least: int,
         *,
         lift: Lift,
-        block: int,
         summed: bool = False,
         lose: Lose | None = None,
     ) -> None:
-        self.work, self.method, self.post, self.clients, self.crew, self.block = work, method, post, clients, crew, block
+        self.work, self.method, self.post, self.clients, self.crew = work, method, post, clients, crew
+        self.block, self._least = block, least
         self.store = clients.table("own", work.newcomer())
         self._receivers = clients.table("receiver", work.codec.init(work.split.layout)[1])
         self._lift, self._lose, self._summed = lift, lose, summed
@@ -95,8 +97,8 @@ class LocalEngine:
         self.post.ledger.exchange()
 
     def _size(self, m: int) -> int:
-        """Clients of each block: as few blocks of at most `block` as give everyone some work."""
-        blocks = max(math.ceil(m / self.block), self.crew.count)
+        """Clients of each block: few and equal blocks, of at most `block` clients, and at least as many as workers."""
+        blocks = max(math.ceil(m / self.block), self._least)
         return math.ceil(m / blocks)
 
     def advance(self, steps: int) -> Observations:

@@ -120,13 +120,15 @@ class Wired:
 
 @dataclass(frozen=True)
 class Path:
-    """Which way an engine took, and why: for the record."""
+    """Which way an engine took, and why, for the record. block: most clients of a block; least: blocks of a cohort."""
 
     name: str
     path: str
     block: int
     why: str
+    least: int = 1
     fused: Fused | None = field(default=None, repr=False, compare=False)
+    rows: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
 
 def choose(name: str, work: Work, block: int | None) -> Path:
@@ -148,7 +150,7 @@ def choose(name: str, work: Work, block: int | None) -> Path:
     why = f"blocks of {size}, " + ("asked for" if block else "by the size of the model")
     if isinstance(fused, str):
         return Path("stacked", VMAP, size, f"{why}; not layer by layer: {fused}")
-    return Path("stacked", LAYERS, size, why, fused)
+    return Path("stacked", LAYERS, size, why, fused=fused, rows=fused.rows)
 
 
 def _probe(work: Work) -> str:
@@ -171,7 +173,7 @@ def _probe(work: Work) -> str:
 def trainer(work: Work, sync: SyncRule, batch_size: int, key: Key, path: Path) -> Trainer:
     """The clients' half on a path that was chosen, here or on another machine. key: of the run."""
     lift = one if path.path == SINGLE else many
-    way = path.fused or (Fused(work) if path.path == LAYERS else Plain(work, lift))
+    way = path.fused or (Fused(work, path.rows) if path.path == LAYERS else Plain(work, lift))
     return Trainer(work, sync, batch_size, random.fold(key, "client"), way, lift)
 
 
@@ -195,12 +197,14 @@ def build(
     *,
     block: int | None = None,
     workers: int | None = None,
+    least: int | None = None,
     lose: Lose | None = None,
 ) -> tuple[LocalEngine, Path]:
     """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible.
 
     workers: processes that train, 1 unless given; for ray its actors, all CPUs of the cluster unless given. With more than
-    one, and with ray, the engine must be closed (`engine.crew.close()`).
+    one, and with ray, the engine must be closed (`engine.crew.close()`). least: blocks that a cohort is cut into at least,
+    as many as workers unless given; it and `block` decide the bits.
     """
     require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
     path = choose(name, work, block)
@@ -217,5 +221,7 @@ def build(
         crew = forked(trainer(*parts, path), workers or 1, lend=method.aggregator.linear)
     else:
         crew = Alone(trainer(*parts, path))
+    path = replace(path, least=least or crew.count)
     summed = path.fused is not None and method.aggregator.linear and sends_drift(work)
-    return LocalEngine(work, method, post, clients, crew, lift=lift, block=path.block, summed=summed, lose=lose), path
+    engine = LocalEngine(work, method, post, clients, crew, path.block, path.least, lift=lift, summed=summed, lose=lose)
+    return engine, path

@@ -76,10 +76,10 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     split = method.partition.split(task.model, task.tracked)
     work = Work(task, split, method.solver, method.codec)
     key = random.key(experiment.seed)
-    name, block = experiment.engine, experiment.block
-    if header is not None:  # the path was chosen when the run began
-        name, block = header["engine"]["name"], header["engine"]["block"]
-    engine, path = build(name, work, method, key, block=block, workers=experiment.workers, **faults)
+    name, block, least = experiment.engine, experiment.block, None
+    if header is not None:  # the path and the blocks were chosen when the run began
+        name, block, least = (header["engine"].get(part) for part in ("name", "block", "least"))
+    engine, path = build(name, work, method, key, block=block, least=least, workers=experiment.workers, **faults)
     if header is not None and path.path != header["engine"]["path"]:
         raise RunError(
             f"the run began on the path {header['engine']['path']!r} and this machine takes {path.path!r} ({path.why}); "
@@ -308,7 +308,7 @@ def _header(run: _Run) -> dict[str, Any]:
         "versions": {"taciturn": version("taciturn"), "torch": torch.__version__, "python": platform.python_version()},
         "experiment": to_table(run.experiment),
         "seed": run.experiment.seed,
-        "engine": {name: getattr(run.path, name) for name in ("name", "path", "block", "why")},
+        "engine": {name: getattr(run.path, name) for name in ("name", "path", "block", "least", "why")},
         "threads": torch.get_num_threads(),
         "randomness": run.task.facts.randomness,
         "layout": split.layout.fingerprint,
