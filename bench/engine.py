@@ -14,6 +14,7 @@ two_workers_wall_ratio: W1 with two worker processes, wall time over that of one
 
 from __future__ import annotations
 
+import resource
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -101,8 +102,23 @@ def _images(count: int) -> tuple[Tensor, Tensor]:
     """`count` images [count, 784] and labels: 4,000 of MNIST-5k, then the same shifted by a pixel or two."""
     source = data.mnist5k(clients=1, test=0.0).load(0).train
     x, y = source.fields["input"][source.rows], source.fields["target"][source.rows]
-    parts = [torch.roll(x, (dy, dx), (2, 3)) for dy in (0, 1, -1, 2) for dx in (0, 1, -1, 2)]
-    return torch.cat(parts)[:count].flatten(1), y.repeat(len(parts))[:count]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # the source is sorted by digit
+    parts = [torch.roll(x[order], (dy, dx), (2, 3)) for dy in (0, 1, -1, 2) for dx in (0, 1, -1, 2)]
+    return torch.cat(parts)[:count].flatten(1), y[order].repeat(len(parts))[:count]
+
+
+def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Images [n, 784] as a workload wants them."""
+    return (x[:, :768] if shape == (32, 24) else x).reshape(-1, *shape)
+
+
+def _accuracy(work: Workload, model: nn.Module) -> float:
+    """On the 1,000 images of MNIST-5k that nobody trains on."""
+    central = data.mnist5k(clients=1, test=0.0).load(0).central
+    assert central is not None
+    x, y = central.fields["input"][central.rows], central.fields["target"][central.rows]
+    with torch.no_grad():
+        return float((model(_shaped(x.flatten(1), work.shape)).argmax(1) == y).float().mean())
 
 
 class Bench:
@@ -110,7 +126,8 @@ class Bench:
 
     def __init__(self, work: Workload, path: str, workers: int = 1) -> None:
         x, y = _images(sum(work.sizes))
-        x = x[:, :768].reshape(-1, 32, 24) if work.shape == (32, 24) else x.reshape(-1, *work.shape)
+        began = time.perf_counter()
+        x = _shaped(x, work.shape)
         rows = torch.arange(len(x)).split(work.sizes)
         clients = TableClients.of({"input": x, "target": y}, {f"c{i}": part for i, part in enumerate(rows)})
         torch.manual_seed(0)
@@ -124,6 +141,7 @@ class Bench:
         name = "sequential" if path == SINGLE else "stacked"
         self.engine, self.path = build(name, built, self.method, random.key(0), workers=workers)
         self.sizes, self.server, self.steps, self.seconds = task.train.sizes, start(self.split.x0, self.method), 0, []
+        self.start_seconds = time.perf_counter() - began
 
     def round(self) -> None:
         """One round; its CPU seconds are kept."""
@@ -140,7 +158,7 @@ class Bench:
 def _central(work: Workload, model: nn.Module, optimizer: Any, steps: int) -> float:
     """CPU seconds of `steps` steps on one model."""
     x, y = _images(4000)
-    x = x[:, :768].reshape(-1, 32, 24) if work.shape == (32, 24) else x.reshape(-1, *work.shape)
+    x = _shaped(x, work.shape)
     order = torch.randint(0, 4000, (steps, work.batch), generator=torch.Generator().manual_seed(0))
     began = time.process_time()
     for index in order:
@@ -163,6 +181,8 @@ def measure(work: Workload, repeats: int) -> dict[str, Any]:
             plain.round()
             if i == 1:
                 difference = float((ours.server.x - plain.server.x).norm() / plain.server.x.norm())
+    trained = work.model()
+    trained.load_state_dict({**trained.state_dict(), **ours.split.layout.views(ours.server.x)})
     mine, stacked, alone = (median(values[1:]) for values in (ours.seconds, vmap.seconds, central))
     return {
         "cpu_ratio_central": mine / alone,
@@ -172,6 +192,10 @@ def measure(work: Workload, repeats: int) -> dict[str, Any]:
         "cpu_seconds_central": alone,
         "cpu_seconds_vmap": stacked,
         "steps": ours.steps,
+        "rounds": repeats + 1,
+        "accuracy": _accuracy(work, trained),
+        "accuracy_central": _accuracy(work, model),
+        "start_seconds": ours.start_seconds,
         "path": f"{ours.path.path}: {ours.path.why}",
     }
 
@@ -210,6 +234,7 @@ def main() -> None:
         )  # fmt: skip
     Console(width=150).print(table)
     figures |= two_workers(9 if quick else 25)
+    figures["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"two workers: wall time {figures['two_workers_wall_ratio']:.2f} of one process")
     finish("engine", {"n": {"tasks": len(WORKLOADS), "seeds": 1, "rounds": repeats}} | figures, quick)
 
