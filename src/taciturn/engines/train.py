@@ -97,9 +97,6 @@ class _Part:
         return slice(int(self.rows[0]), int(self.rows[-1]) + 1)
 
 
-Advance = Callable[[_Part], None]
-
-
 @dataclass
 class _Open:
     """A job in work. live, done [m]: who still trains, and how many steps each has done."""
@@ -131,10 +128,9 @@ class Trainer:
         """
         opened = self._opened(number, job)
         opened.parts = opened.parts or list(self._parts(opened))
-        advance = self._stride(opened, steps)
         u = opened.start.new_empty(opened.start.shape)
         for part in opened.parts:
-            advance(part)
+            self._advance(opened, part, steps)
             self._settle(part)
             self.way.drift(part.value, u[part.place])
         payload, go = self._lift(lambda u: self._rule.observe(u, self._sync))(u)
@@ -147,9 +143,9 @@ class Trainer:
         del self._open[number]
         m, d = opened.start.shape
         u = opened.start.new_empty(d if weights is not None else (m, d)).expand(m, d)
-        total, finite, records, advance = u.new_zeros(d), torch.ones(m, dtype=torch.bool), [], self._stride(opened, steps)
+        total, finite, records = u.new_zeros(d), torch.ones(m, dtype=torch.bool), []
         for part in opened.parts or self._parts(opened):
-            advance(part)
+            self._advance(opened, part, steps)
             self._settle(part)
             records.append(self.way.record(part.value))
             if weights is None:
@@ -202,43 +198,39 @@ class Trainer:
         return self._open[number]
 
     def _parts(self, opened: _Open) -> Iterator[_Part]:
-        """The block cut into parts, clients with the most steps first; each is begun when the last is done."""
-        job, a, m = opened.job, 0, len(opened.job.ids)
-        while a < m:
-            steps = int(job.limit[a])
-            b = min(m, a + self.way.width(steps, self._batch))
+        """The block cut into parts of clients that train alike, the most steps first; each begins when the last is done."""
+        job, a, limits = opened.job, 0, opened.job.limit.tolist()
+        widths = {steps: self.way.width(steps, self._batch) for steps in set(limits)}
+        while a < len(limits):
+            steps, width = limits[a], widths[limits[a]]
+            b = next((i for i in range(a, len(limits)) if i - a == width or widths[limits[i]] != width), len(limits))
             own: State = tree_map(lambda t, a=a, b=b: t[a:b], job.own)
             yield _Part(torch.arange(a, b), self.way.begin(job.held, opened.start[a:b], own, self._lr_scale, steps))
             a = b
 
-    def _stride(self, opened: _Open, steps: int) -> Advance:
-        """How a part of the job takes up to `steps` steps; what it draws is drawn for the whole block at once."""
+    def _advance(self, opened: _Open, part: _Part, steps: int) -> None:
+        """Up to `steps` local steps of the live clients of a part."""
         job, data, done, device = opened.job, self.work.task.train, opened.done, opened.start.device
-        todo = torch.where(opened.live, (job.limit - done).clamp(0, steps), 0)
+        todo = torch.where(opened.live, (job.limit - done).clamp(0, steps), 0)[part.rows]
         n = int(todo.max())
         if not n:
-            return lambda part: None
-        keys, sizes, first = random.fold(self._key, job.ids), data.sizes[job.ids], job.own["steps"].cpu() + done
+            return
+        if bool((todo.diff() > 0).any()):  # some in the middle have halted: those that train come first
+            order = torch.argsort(todo, descending=True, stable=True)
+            part.value, part.rows, todo = self.way.reorder(part.value, order), part.rows[order], todo[order]
+        ids, first = job.ids[part.rows], (job.own["steps"].cpu() + done)[part.rows]
+        keys, sizes = random.fold(self._key, ids), data.sizes[ids]
         index, mask = client.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
         step_keys = random.fold(keys.unsqueeze(1), first.unsqueeze(1) + torch.arange(n))
 
-        def advance(part: _Part) -> None:
-            mine = todo[part.rows]
-            if bool((mine.diff() > 0).any()):  # some in the middle have halted: those that train come first
-                order = torch.argsort(mine, descending=True, stable=True)
-                part.value, part.rows, mine = self.way.reorder(part.value, order), part.rows[order], mine[order]
-            ids, samples, real, drawn = (t[part.rows] for t in (job.ids, index, mask, step_keys))
+        def fetch(t: int, k: int) -> tuple[Batch, Tensor]:
+            """Batches and keys of local step t of the first k clients."""
+            now = step_keys[:k, t]
+            batch = data.fetch(ids[:k], index[:k, t], now)
+            return batch | {"mask": mask[:k, t].to(device)}, now.to(device)
 
-            def fetch(t: int, k: int) -> tuple[Batch, Tensor]:
-                """Batches and keys of local step t of the first k clients."""
-                now = drawn[:k, t]
-                batch = data.fetch(ids[:k], samples[:k, t], now)
-                return batch | {"mask": real[:k, t].to(device)}, now.to(device)
-
-            part.value = self.way.advance(part.value, mine.tolist(), fetch)
-            done[part.rows] += mine
-
-        return advance
+        part.value = self.way.advance(part.value, todo.tolist(), fetch)
+        done[part.rows] += todo
 
     def _settle(self, part: _Part) -> None:
         """Put the part's clients back in the order of the block."""
