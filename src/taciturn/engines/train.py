@@ -80,7 +80,7 @@ class Way(Protocol):
         ...
 
     def record(self, part: Any) -> State:
-        """The clients' local records (client.py) [m, ..]; y may be missing where the solver is affine."""
+        """The clients' local records (client.py) [m, ..]; y may be missing where weights are kept by layer."""
         ...
 
 
