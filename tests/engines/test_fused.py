@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from taciturn import Task, participation, partition, solvers, sync
 from taciturn.client import Work
 from taciturn.core import random
 from taciturn.engines.fused import Fused, build
-from taciturn.engines.modes import choose
+from taciturn.engines.modes import choose, trainer
 from taciturn.method import Method
 from taciturn.tasks.data.clients import Federation, TableClients
 
@@ -224,3 +225,16 @@ def test_own_forwards_are_refused():
     task = Task(MODELS["mlp"][0], data, forward=lambda model, batch: model(batch["input"])).build(0)
     split = BASE.partition.split(task.model, task.tracked)
     assert "forward of your own" in build(Work(task, split, BASE.solver, BASE.codec))
+
+
+@pytest.mark.parametrize("model", ["encoder", "wide", "conv2d"])
+def test_a_way_made_elsewhere_cuts_and_trains_alike(model):
+    """Another process makes its way from the path alone: what the check learnt of the model's rows goes with it."""
+    make, shape, integers = MODELS[model]
+    task = task_of(make, shape, integers)
+    path = path_of(task)
+    assert path.fused is not None and (model != "encoder" or set(path.rows.values()) == {1, 5})
+    work = path.fused.work
+    there = trainer(work, BASE.sync, BASE.batch_size, random.key(0), replace(path, fused=None)).way
+    assert there is not path.fused and there.rows == path.fused.rows
+    assert [there.width(n, 4) for n in (1, 2, 50)] == [path.fused.width(n, 4) for n in (1, 2, 50)]
