@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -107,6 +109,30 @@ class Keeps(Doubled):
 def test_other_messages_are_formed(solver):
     task = make_task()
     assert not sends_drift(Work(task, BASE.partition.split(task.model, task.tracked), solver, BASE.codec))
+
+
+def test_a_codec_that_may_lose_is_never_skipped():
+    """Even if it lost nothing on the probe."""
+    task = make_task()
+    exact = BASE.codec
+    codec = SimpleNamespace(lossy=True, init=exact.init, encode=exact.encode, decode=exact.decode)
+    assert not sends_drift(Work(task, BASE.partition.split(task.model, task.tracked), BASE.solver, codec))
+
+
+def test_a_loss_that_is_not_finite_leaves_a_finite_update_out_of_the_sum():
+    """site-2's targets are marked: its loss is infinite, its gradient is not."""
+    federation = make_federation()
+    federation.train.fields["target"][8:24] += 3
+
+    def loss(output, target):
+        marked = torch.where(target >= 3, torch.inf, 0.0)
+        return torch.nn.functional.cross_entropy(output, target % 3, reduction="none") + marked
+
+    task = Task(Net, federation, loss=loss).build(0)
+    plain, _, stats, _ = drive(task, BASE, "sequential", rounds=1)
+    fast, engine, fast_stats, _ = drive(task, BASE, "stacked", rounds=1, block=5)
+    assert engine._summed and float((plain.x - fast.x).norm() / plain.x.norm()) < 1e-5
+    assert stats[0].left_out == fast_stats[0].left_out == {2: "loss not finite"}
 
 
 @pytest.mark.parametrize("weights", ["clients", "samples"])

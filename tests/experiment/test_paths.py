@@ -30,7 +30,9 @@ def test_the_block_is_read_from_the_record(tmp_path):
     header = json.loads((tmp_path / "run.json").read_text())
     header["engine"]["block"] = 3
     (tmp_path / "run.json").write_text(json.dumps(header))
-    assert prepare(experiment(), header).engine.block == 3
+    header["engine"]["least"] = 4
+    engine = prepare(experiment(workers=1), header).engine
+    assert engine.block == 3 and engine._size(8) == 2, "four blocks, as the run began"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked: Linux")

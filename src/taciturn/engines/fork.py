@@ -23,11 +23,10 @@ from torch import Tensor
 from taciturn.core.errors import ConfigError, RunError
 from taciturn.core.state import State
 from taciturn.engines.crew import AHEAD, Gone, Workers, outcome, walk
-from taciturn.engines.memory import keep_freed_memory
+from taciturn.engines.memory import keep_freed_memory, reserve
 from taciturn.engines.train import Trainer
 
 RESERVE = 1 << 36  # bytes of address space of an arena; memory is taken when it is written
-_NORESERVE = 0x4000
 _ALIGN = 64
 
 
@@ -46,8 +45,7 @@ class Arena:
 
     def __init__(self, slots: int = 1, shared: bool = False) -> None:
         self.shared = shared
-        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NORESERVE
-        self._memory, self._slot = mmap.mmap(-1, RESERVE * slots, flags=flags), 0
+        self._memory, self._slot = reserve(RESERVE * slots, mmap.MAP_SHARED), 0
         self._slots, self._end = slots, 0
 
     def turn(self) -> None:

@@ -1,8 +1,8 @@
 """Local training of a block of clients, layer by layer: the fast path of the stacked engine.
 
 The same mathematics as client.py: the weights of m clients lie side by side, layer by layer [m, *shape]; gradients are
-applied (plain SGD and FedProx) or gathered (other solvers) inside the backward pass. Nothing is believed: `build`
-compares two steps of two clients with client.py and refuses if they differ.
+kept as factors (late.py), applied (plain SGD and FedProx) or gathered (other solvers) inside the backward pass. Nothing
+is believed: `build` compares two steps of two clients with client.py and refuses if they differ.
 
 Symbols: x [d] the model all clients start from; m clients of a part, the first k of them still training; lr, mu of the
 affine step y <- y - lr (g + mu (y - x)).

@@ -1,7 +1,7 @@
 """The server's half of an engine on this machine: who is sent what, what came back, and whose state is kept.
 
-The clients' half (train.py) does the work, in this process or in others (crew.py). Three ways to run it (modes.py) differ
-in how a block is trained, and in the post's carrier, which moves a payload as it is, with its bytes computed, or packed
+The clients' half (train.py) does the work, in this process or in others (crew.py). The ways to run it (modes.py) differ in
+how a block is trained, and in the post's carrier, which moves a payload as it is, with its bytes computed, or packed
 to bytes and unpacked again. Everything else is this text.
 
 Symbols: M clients of the cohort in plan order; m clients of a block; own: the records of client.py, stacked.
@@ -79,7 +79,7 @@ class LocalEngine:
 
     def begin(self, cast: Cast, plan: Plan, sync: State) -> None:
         """Send each client the frames it lacks; cut the cohort into blocks."""
-        self._cast, self._plan, self._sync = cast, plan, sync
+        self._cast, self._plan = cast, plan
         self._owed = 0  # steps that a silent rule has asked for; they run when the block is collected
         self._groups, self._pending = [], []
         self.post.begin(plan.round)

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process.
+"""Memory from the system: freed blocks that are kept, and address space that is taken up as it is written.
 
 Blocks of clients need the same few large tensors again and again. glibc gives tensors of some megabytes back to the system
 as soon as they are freed, and the system clears every page when they are asked for again; here that costs more than the
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named since Python 3.13
 _KEEP = 1 << 30  # bytes; larger blocks still go back
 
 
@@ -25,3 +27,8 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _KEEP)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP))
+
+
+def reserve(size: int, kind: int) -> mmap.mmap:
+    """Address space of `size` bytes whose pages exist once they are written; kind: `mmap.MAP_PRIVATE` or `MAP_SHARED`."""
+    return mmap.mmap(-1, size, flags=kind | mmap.MAP_ANONYMOUS | _NORESERVE)

@@ -2,8 +2,8 @@
 
 sequential  one client after another, no client axis: the plain reading of client.py.
 loopback    sequential, and each message is packed to bytes, unpacked, and nothing else reaches the other side.
-stacked     a block of clients at once: layer by layer with updates inside the backward pass (fused.py) where all
-            layers are known, else through `torch.vmap`, else one at a time; the record says which and why.
+stacked     a block of clients at once: layer by layer (fused.py) where all layers are known, else through `torch.vmap`,
+            else one at a time; the record says which and why.
 ray         stacked, and the blocks are cut over the actors of a Ray cluster (ray.py).
 Laws: sequential = loopback in every bit and byte; stacked = sequential to rounding, and in every byte and draw; ray =
 stacked with one torch thread and the same blocks, in every bit and byte.
@@ -25,9 +25,9 @@ from taciturn.client import Work
 from taciturn.core import random
 from taciturn.core.errors import require, unknown
 from taciturn.core.random import Key
-from taciturn.core.state import row, stack, tree_map
+from taciturn.core.state import row, stack
 from taciturn.core.types import Payload, SyncRule
-from taciturn.engines.crew import Alone, Crew
+from taciturn.engines.crew import Alone, Crew, walk
 from taciturn.engines.fork import workers as forked
 from taciturn.engines.fused import Fused
 from taciturn.engines.fused import build as fused_or_reason
@@ -51,15 +51,9 @@ def one(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The client axis of a block of one: squeezed away before, put back after."""
 
     def lifted(*arguments: Any) -> Any:
-        return _walk(fn(*_walk(arguments, lambda t: t.squeeze(0))), lambda t: t.unsqueeze(0))
+        return walk(fn(*walk(arguments, Tensor, lambda t: t.squeeze(0))), Tensor, lambda t: t.unsqueeze(0))
 
     return lifted
-
-
-def _walk(tree: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(tree, tuple):
-        return tuple(_walk(item, fn) for item in tree)
-    return tree_map(fn, tree)
 
 
 def many(fn: Callable[..., Any]) -> Callable[..., Any]:

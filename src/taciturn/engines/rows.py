@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,12 @@ from torch import Tensor
 
 from taciturn.core.errors import MethodError, RunError
 from taciturn.core.state import State, flatten, tree_map
+from taciturn.engines.memory import reserve
 
 Ids: TypeAlias = NDArray[np.int64]
 Raw: TypeAlias = NDArray[Any]  # [m] of w bytes each (dtype V)
 
 _HEAD = 8  # bytes before the first tensor of a row
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named since Python 3.13
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ class Rows:
 
     def _anonymous(self) -> mmap.mmap:
         """Pages that exist once they are written."""
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-        area = mmap.mmap(-1, max(1, self._size), flags=private)
+        area = reserve(max(1, self._size), mmap.MAP_PRIVATE)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):  # or every row would cost 2 MiB
             area.madvise(mmap.MADV_NOHUGEPAGE)
         return area
