@@ -2,5 +2,6 @@
 
 from taciturn.codecs.cast import cast
 from taciturn.codecs.identity import identity
+from taciturn.codecs.lossless import lossless
 
-__all__ = ["cast", "identity"]
+__all__ = ["cast", "identity", "lossless"]

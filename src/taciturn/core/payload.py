@@ -51,7 +51,7 @@ def least_bytes(q: int, n: int) -> int:
     >>> least_bytes(3, 5), least_bytes(3, 6), least_bytes(1, 9)
     (1, 2, 0)
     """
-    return ((q**n - 1).bit_length() + 7) // 8
+    return (int(q**n - 1).bit_length() + 7) // 8
 
 
 GROUP = (0, 0), *(_best_group(q) for q in range(1, 257))  # q -> (n, B); there is no q = 0
@@ -68,6 +68,11 @@ def governed(name: str) -> tuple[str, str]:
     """
     field, dot, control = name.rpartition(".")
     return (field, control) if dot and control in CONTROLS else ("", "")
+
+
+def controlled(payload: Mapping[str, object]) -> bool:
+    """True if the size of a payload depends on its values."""
+    return LOSSLESS in payload or any(governed(name)[1] for name in payload)
 
 
 def check(fields: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:

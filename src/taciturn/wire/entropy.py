@@ -1,9 +1,9 @@
-"""Symbols <-> nearly as few bits as their frequencies need: an asymmetric numeral system (rANS) with the frequencies in front.
+"""Symbols <-> nearly as few bits as their frequencies need: an asymmetric numeral system (rANS), frequencies in front.
 
 A plane of n symbols is one mode byte, then
     0  the bytes as they are
-    1  frequencies f_s of all symbols s, sum 2^14, each in groups of 7 bits, the lowest first, high bit: more follow; after a 0
-       one byte says how many more zeros follow. Then two states of 4 bytes, little-endian, and the bytes they shift in.
+    1  frequencies f_s of all symbols s, sum 2^14, each in groups of 7 bits, the lowest first, high bit: more follow; after
+       a 0 one byte says how many more zeros follow. Then two states of 4 bytes, little-endian, and the bytes they shift in.
 State k (k = i mod 2) gives symbol i: with slot = x mod 2^14 in [c_s, c_s + f_s), c_s = f_0 + .. + f_(s-1),
     x <- f_s floor(x / 2^14) + slot - c_s;   while x < 2^23: x <- 256 x + the next byte.
 Both states start in [2^23, 2^31) and end at 2^23. A symbol of frequency f costs log2(2^14 / f) bits.
@@ -40,7 +40,7 @@ def code_plane(symbols: Raw, alphabet: int, plain: Raw) -> bytes:
 
 
 def _frequencies(symbols: Raw, alphabet: int) -> NDArray[np.uint32]:
-    """Counts scaled to a sum of 2^14, at least 1 where there are any; what rounding leaves over is for the most frequent."""
+    """Counts scaled to a sum of 2^14, at least 1 where there are any; the most frequent gets what is left."""
     counts = np.bincount(symbols, minlength=256)
     scaled = np.where(counts > 0, np.maximum(counts * _SUM // len(symbols), 1), 0)
     short = _SUM - int(scaled.sum())

@@ -1,10 +1,10 @@
 """Data fields compressed by what their values repeat: coders that a payload's marker "lossless" chooses.
 
-A lane is what travels of one data field: symbols of a radix, one a byte (q > 0), or bytes of values of `size` bytes (q = 0).
+A lane is what travels of one data field: symbols of a radix, one a byte (q > 0), or values of `size` bytes (q = 0).
 
     0  stored  symbols packed (core/payload.py), bytes as they are
-    1  zstd    symbols in groups of one byte, values as byte planes (all first bytes, all second ..); one zstd frame over all
-               lanes, without magic number, size and checksum, window at most 2^23 bytes
+    1  zstd    symbols in groups of one byte, values as byte planes (all first bytes, all second ..); one zstd frame
+               over all lanes, without magic number, size and checksum, window at most 2^23 bytes
     2  rans    symbols, and every byte plane, each coded by its own frequencies (entropy.py); an empty lane takes nothing
 
 The forms are what compresses: see docs/wire.md for the measurements. A reader knows the size of every lane before it looks

@@ -1,17 +1,16 @@
 """Values <-> as few bits as they need: symbols of a radix, numbers of a width, booleans, and what a selection leaves.
 
-symbols  groups of n symbols s_i of q are the number sum s_i q^i in B bytes, little-endian; n and B: core/payload.py (`GROUP`).
+symbols  groups of n symbols s_i of q are the number sum s_i q^i in B bytes, little-endian; n, B: core/payload.py, `GROUP`.
          The last group takes as few bytes as hold it. q = 2, 4, 16, 256 are plain bits, the first symbol in the lowest.
 numbers  value i stands in bits [i w, (i + 1) w) of a little-endian string of bits; the last byte is filled up with zeros.
 
-C where it was built (core/native/pack.c), else numpy, with the same bytes. A reader refuses what no writer makes: a group's number
-of q^n or more, bits after the last value that are not zero. Arrays are numpy, one axis, contiguous; raw bytes are uint8.
+C where it was built (core/native/pack.c), else numpy, with the same bytes. A reader refuses what no writer makes: a group's
+number of q^n or more, bits after the last value that are not zero. Arrays are numpy, one axis, contiguous; bytes are uint8.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,7 +27,9 @@ Numbers: TypeAlias = NDArray[Any]
 def _call(function: Any, *arguments: Any) -> int:
     """A C function of arrays and int64 numbers -> its int64."""
     function.restype = ctypes.c_int64
-    found = function(*(ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in arguments))
+    found = function(
+        *(ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in arguments)
+    )
     return int(found)
 
 
@@ -84,10 +85,10 @@ def pack_symbols(codes: Raw, q: int, group: tuple[int, int] | None = None) -> Ra
 
 def _group_bytes(codes: Raw, q: int, size: int) -> Raw:
     """Groups [g, n] -> their bytes [g B]."""
-    numbers = np.zeros(len(codes), np.uint8 if size <= 1 else np.uint64)
+    wide: type[np.unsignedinteger[Any]] = np.uint8 if size <= 1 else np.uint64
+    numbers: Numbers = np.zeros(len(codes), wide)
     for column in reversed(range(codes.shape[1])):
-        numbers *= numbers.dtype.type(q % 256 if size <= 1 else q)  # one symbol of 256 is not multiplied by anything but 0
-        numbers += codes[:, column]
+        numbers = numbers * wide(q % 256 if size <= 1 else q) + codes[:, column]  # one symbol of 256: 0 times anything
     return np.ascontiguousarray(numbers.view(np.uint8).reshape(len(codes), -1)[:, :size]).reshape(-1)
 
 
@@ -117,14 +118,14 @@ def _split(raw: Raw, q: int, many: int, size: int, out: Raw) -> int:
         return groups
     wide = np.zeros((groups, 1 if size == 1 else 8), np.uint8)
     wide[:, :size] = raw.reshape(groups, size)
-    numbers = wide.view(np.uint8 if size == 1 else np.uint64).reshape(-1)
+    numbers: Numbers = wide.view(np.uint8 if size == 1 else np.uint64).reshape(-1)
     codes = out.reshape(groups, many)
     if q == 256:
         codes[:, 0] = numbers
         return groups
     for column in range(many):
         numbers, codes[:, column] = np.divmod(numbers, numbers.dtype.type(q))
-    return int(numbers.argmax()) if len(numbers) and (numbers := (numbers > 0)).any() else groups
+    return int((numbers > 0).argmax()) if numbers.any() else groups
 
 
 # ------------------------------------------------------------------------------------------------- numbers and bits
@@ -133,7 +134,7 @@ def _split(raw: Raw, q: int, many: int, size: int, out: Raw) -> int:
 def pack_numbers(values: Numbers, width: int) -> Raw:
     """Whole numbers [n] below 2^width -> bytes. Errors: `WireError` for a value or a width that does not fit."""
     n, native = len(values), library()
-    _require_width(width, values.dtype.name)
+    require_width(width, values.dtype.name)
     if not width:
         wrong = int(values.astype(bool).argmax()) if values.any() else n
         out = np.empty(0, np.uint8)
@@ -149,7 +150,8 @@ def pack_numbers(values: Numbers, width: int) -> Raw:
     return out
 
 
-def _require_width(width: int, dtype: str) -> None:
+def require_width(width: int, dtype: str) -> None:
+    """Errors: `WireError` for a width that values of this dtype do not have."""
     if width > WIDEST[dtype]:
         raise WireError(f"numbers of {width} bits in a field of {dtype}; at most {WIDEST[dtype]} fit")
 
@@ -170,7 +172,7 @@ def _interleave(values: NDArray[np.uint64], width: int) -> Raw:
 
 def unpack_numbers(raw: Raw, n: int, width: int, dtype: str) -> Numbers:
     """Bytes -> whole numbers [n]. Errors: `WireError` for a width that does not fit, or bits after the last value."""
-    _require_width(width, dtype)
+    require_width(width, dtype)
     if not width:
         return np.zeros(n, dtype)
     spare = -n * width % 8
@@ -223,7 +225,7 @@ def spread(kept: Raw, selection: Selection, total: int) -> Raw:
     """The inverse of `select`: bytes [total], zeros where nothing traveled."""
     if isinstance(selection, int):
         if len(kept) == total:
-            return kept if kept.flags.owndata and kept.flags.writeable else kept.copy()
+            return kept if kept.flags.writeable else kept.copy()  # what may be written to was made here
         flat = np.zeros(total, np.uint8)
         flat[: len(kept)] = kept
         return flat
@@ -232,6 +234,3 @@ def spread(kept: Raw, selection: Selection, total: int) -> Raw:
     blocks = _blocks(flat, mask)
     blocks[mask] = kept.view(blocks.dtype).reshape(-1, *blocks.shape[1:])
     return flat
-
-
-Packer: TypeAlias = Callable[[Raw], Raw]
