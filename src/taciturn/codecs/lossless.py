@@ -24,9 +24,8 @@ _CODERS = {"zstd": 1, "rans": 2}  # their numbers in a message
 class lossless:
     """C(u) = the inner codec's C(u), its payload compressed when it is packed; one byte more where that does not help.
 
-    coder: "zstd" finds what is repeated (equal rows, runs of zeros); "rans" comes closer to the entropy of codes of few bits
-    and knows nothing else (docs/wire.md). State and errors of the inner codec. What is saved is known only by
-    packing.
+    coder: "zstd" finds what is repeated (equal rows, runs of zeros); "rans" comes closer to the entropy of codes of few
+    bits and knows nothing else (docs/wire.md). State and errors of the inner codec. What is saved is known by packing.
 
     Departure: the sizes of the stacked engine and of one client at a time may differ by a few bytes, as their values differ
     by rounding.

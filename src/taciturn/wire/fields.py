@@ -53,6 +53,7 @@ class Field:
 
     @classmethod
     def of(cls, name: str, dtype: str, shape: tuple[int, ...]) -> Field:
+        """The field of a schema's row."""
         control = name == LOSSLESS or bool(governed(name)[1])
         return cls(name, dtype, shape, math.prod(shape), DTYPES[dtype].itemsize, control)
 
@@ -64,12 +65,17 @@ class Field:
 
 def bytes_of(tensor: Tensor) -> Raw:
     """The bytes of a tensor, in order."""
-    raw: Raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # one value, of an expanded tensor
+        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
+    raw: Raw = flat.view(torch.uint8).numpy()
     return raw
 
 
 def tensor_of(field: Field, raw: Raw) -> Tensor:
     """The inverse of `bytes_of`; it keeps the memory."""
+    if not field.numel:
+        return torch.empty(field.shape, dtype=DTYPES[field.dtype])
     return torch.from_numpy(raw).view(DTYPES[field.dtype]).reshape(field.shape)
 
 

@@ -232,5 +232,5 @@ def spread(kept: Raw, selection: Selection, total: int) -> Raw:
     mask, _ = selection
     flat = np.zeros(total, np.uint8)
     blocks = _blocks(flat, mask)
-    blocks[mask] = kept.view(blocks.dtype).reshape(-1, *blocks.shape[1:])
+    blocks[mask] = kept.view(blocks.dtype).reshape(np.count_nonzero(mask), *blocks.shape[1:])
     return flat
