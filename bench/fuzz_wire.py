@@ -114,7 +114,7 @@ def canonical(payload: Payload) -> Payload:
             kept[int(payload[f"{name}.count"]) :] = False
         if f"{name}.mask" in payload:
             mask = payload[f"{name}.mask"]
-            kept &= mask.reshape(*mask.shape, *[1] * (tensor.dim() - mask.dim()))
+            kept &= mask.reshape((*mask.shape, *[1] * (tensor.dim() - mask.dim())))
         if name != payload_room.LOSSLESS:
             arrived[name] = torch.where(kept, tensor, torch.zeros_like(tensor))
     return arrived

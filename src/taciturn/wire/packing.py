@@ -89,7 +89,7 @@ def _group_bytes(codes: Raw, q: int, size: int) -> Raw:
     numbers: Numbers = np.zeros(len(codes), wide)
     for column in reversed(range(codes.shape[1])):
         numbers = numbers * wide(q % 256 if size <= 1 else q) + codes[:, column]  # one symbol of 256: 0 times anything
-    return np.ascontiguousarray(numbers.view(np.uint8).reshape(len(codes), -1)[:, :size]).reshape(-1)
+    return np.ascontiguousarray(numbers.view(np.uint8).reshape(len(codes), numbers.itemsize)[:, :size]).reshape(-1)
 
 
 def unpack_symbols(raw: Raw, n: int, q: int, group: tuple[int, int] | None = None) -> Raw:
