@@ -305,11 +305,11 @@ def structured(inputs: int | None, seconds: float | None, seed: int = 0) -> dict
     }  # fmt: skip
 
 
-def code_of(thing: Any) -> types.CodeType:
-    """The code of a function, method, property or context manager."""
+def function_of(thing: Any) -> types.FunctionType:
+    """What runs of a function, method, property or context manager."""
     for name in ("__wrapped__", "func", "fget", "__func__"):
         thing = getattr(thing, name, thing)
-    return thing.__code__
+    return thing
 
 
 def lines_of(code: types.CodeType) -> set[tuple[str, int]]:
@@ -320,7 +320,7 @@ def lines_of(code: types.CodeType) -> set[tuple[str, int]]:
 
 def coverage(inputs: int, seed: int = 1) -> tuple[float, list[str]]:
     """Share of the decoder's lines that run on a sample of structured inputs, and those that do not."""
-    wanted = set().union(*(lines_of(code_of(thing)) for thing in DECODER))
+    wanted = set().union(*(lines_of(function_of(thing).__code__) for thing in DECODER))
     files = {name for name, _ in wanted}
     hit: set[tuple[str, int]] = set()
 
@@ -350,11 +350,8 @@ def guide(folder: str, seconds: int) -> None:
     """In a process of its own, which libFuzzer ends: bytes -> (schema, control fields and body) or a schema's text."""
     import atheris
 
-    with atheris.instrument_imports(include=["taciturn.wire", "taciturn.core.payload"]):
-        for room in (payload_room, packing, entropy, lossless, fields, format):
-            for thing in list(vars(room).values()):
-                if isinstance(thing, types.FunctionType) and thing.__module__ == room.__name__:
-                    thing.__code__ = atheris.instrument_func(thing).__code__
+    for function in map(function_of, DECODER):
+        function.__code__ = atheris.instrument_func(function).__code__
     fuzzer = Fuzzer()
     head = fuzzer.messages[0][:4]
 

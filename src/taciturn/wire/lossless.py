@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import zstandard
@@ -30,7 +30,8 @@ _WINDOW = 1 << 23
 _FORMAT = zstandard.FORMAT_ZSTD1_MAGICLESS
 
 
-class Lane(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Lane:
     """How one data field travels. n: symbols or values; q: symbols of the code, 0 if it is none; size: bytes of a value."""
 
     n: int
