@@ -5,11 +5,12 @@ Symbols: u [d] the vector; the payload is the inner codec's, with one more byte.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+from taciturn.codecs.quantize import quantize4
 from taciturn.core.errors import require
 from taciturn.core.payload import LOSSLESS
 from taciturn.core.random import Key
@@ -31,7 +32,7 @@ class lossless:
     by rounding.
     """
 
-    codec: Codec
+    codec: Codec = field(default_factory=quantize4)
     coder: Literal["zstd", "rans"] = "zstd"
 
     def __post_init__(self) -> None:
@@ -51,19 +52,15 @@ class lossless:
     @property
     def unbiased(self) -> bool:
         """As the inner codec."""
-        return bool(self._inner.unbiased)
+        return self.codec.unbiased
 
     def message_bits(self, d: int) -> float:
         """At most: the inner codec's and 8."""
-        return float(self._inner.message_bits(d)) + 8
+        return self.codec.message_bits(d) + 8
 
     def omega(self, d: int) -> float:
         """As the inner codec."""
-        return float(self._inner.omega(d))
-
-    @property
-    def _inner(self) -> Any:
-        return self.codec
+        return self.codec.omega(d)
 
     def init(self, layout: Layout) -> tuple[State, State]:
         """The inner codec's state on both sides."""
