@@ -27,6 +27,7 @@ from taciturn.wire.packing import Raw, byte_group, pack_symbols, symbol_bytes, u
 CODERS = ("stored", "zstd", "rans")
 _LEVEL = 1  # higher levels look for repetitions, which codes do not have, and gain nothing on them
 _WINDOW = 1 << 23
+_HEADER = 14  # bytes that a frame's header has at most, without the magic number
 _FORMAT = zstandard.FORMAT_ZSTD1_MAGICLESS
 
 
@@ -119,7 +120,7 @@ def _decompress(raw: Raw, size: int) -> Raw:
     """One frame of exactly `size` bytes; what the frame says of itself is only compared."""
     data = raw.tobytes()
     try:
-        facts = zstandard.get_frame_parameters(data, format=_FORMAT)
+        facts = zstandard.get_frame_parameters(zstandard.FRAME_HEADER + data[:_HEADER])
         known = facts.content_size != zstandard.CONTENTSIZE_UNKNOWN
         if known or facts.dict_id or facts.has_checksum or facts.window_size > _WINDOW or not size:
             raise WireError("a zstd frame that this format does not write (size, dictionary, checksum or window)")
