@@ -244,6 +244,13 @@ FAST API int64_t tc_unpack_symbols(const uint8_t *raw, int64_t groups, int many,
             uint64_t bit = (uint64_t)i * (uint64_t)width;                                                                         \
             out[i] = (TYPE##_t)(load(raw + (bit >> 3), 8) >> (bit & 7) & mask);                                                   \
         }                                                                                                                         \
+        int64_t nine = length >= 9 ? (length - 9) * 8 / width : 0; /* and those that a ninth holds */                             \
+        for (; i < nine; i++) {                                                                                                   \
+            uint64_t bit = (uint64_t)i * (uint64_t)width;                                                                         \
+            const uint8_t *from = raw + (bit >> 3);                                                                               \
+            uint64_t high = ((uint64_t)from[8] << 1) << (63 - (bit & 7));                                                         \
+            out[i] = (TYPE##_t)((load(from, 8) >> (bit & 7) | high) & mask);                                                      \
+        }                                                                                                                         \
         for (; i < n; i++) {                                                                                                      \
             uint64_t bit = (uint64_t)i * (uint64_t)width;                                                                         \
             int64_t at = (int64_t)(bit >> 3);                                                                                     \
