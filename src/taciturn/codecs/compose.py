@@ -80,9 +80,13 @@ class chain:
         return u, _joined({"first": rx_first, "then": rx_then})
 
 
-@lru_cache(maxsize=256)
 def _inner(codec: Codec, layout: Layout) -> Layout:
     """The layout of the values that a codec leaves. Errors: `MethodError`."""
+    return _looked_at(codec, layout)  # type: ignore[arg-type]  # a protocol does not say that its parts are hashable
+
+
+@lru_cache(maxsize=256)
+def _looked_at(codec: Codec, layout: Layout) -> Layout:
     tx, _ = codec.init(layout)
     payload, _ = codec.encode(torch.zeros(layout.d), tx, root(0), layout=layout, knobs={})
     values = payload.get("values")
