@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from taciturn import participation, server, solvers, sync
-from taciturn.codecs import cast
+from taciturn.codecs import cast, error_feedback, quantize4, quantize8, top_k
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, unknown
 from taciturn.experiment.experiment import Experiment
@@ -48,6 +48,20 @@ def mnist_float16(path: str) -> Experiment:
     experiment = mnist(path)
     method = experiment.method.replace(codec=cast("float16"), broadcast=Broadcast(cast("float16")))
     return experiment.replace(method=method, name="mnist-float16")
+
+
+def mnist_quantize4(path: str) -> Experiment:
+    """FedAvg with 4 bits a value up and 8 down."""
+    experiment = mnist(path)
+    method = experiment.method.replace(codec=quantize4(), broadcast=Broadcast(quantize8("block")))
+    return experiment.replace(method=method, name="mnist-quantize4")
+
+
+def mnist_top_k(path: str) -> Experiment:
+    """FedAvg with the largest hundredth of the values up, what is left out added later, and 8 bits down."""
+    experiment = mnist(path)
+    method = experiment.method.replace(codec=error_feedback(top_k(share=0.01)), broadcast=Broadcast(quantize8("block")))
+    return experiment.replace(method=method, name="mnist-top-k")
 
 
 def fashion(path: str) -> Experiment:
@@ -94,6 +108,8 @@ RECIPES: dict[str, Recipe] = {
     "mnist": mnist,
     "mnist-fedadam": mnist_fedadam,
     "mnist-float16": mnist_float16,
+    "mnist-quantize4": mnist_quantize4,
+    "mnist-top-k": mnist_top_k,
     "quickstart": quickstart,
     "turbofan": turbofan,
 }
