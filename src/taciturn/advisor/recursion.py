@@ -34,8 +34,8 @@ def excess(
     Features that are not diagonal, a coordinate-wise codec and d > 32: one step after the other, O(K d^3).
     """
     eta = (torch.zeros(problem.d) if w0 is None else w0).double() - problem.optimum
-    values, vectors = problem.eigen
-    if problem.alike and (coefficients[1] == 0 or bool((vectors == torch.eye(problem.d)).all())):
+    straight = bool((problem.eigen[1] == torch.eye(problem.d)).all())
+    if problem.alike and (coefficients[1] == 0 or straight):
         matrix, start = _diagonal(problem, coefficients, gamma, eta)
     elif problem.d <= PACKED:
         matrix, start = _packed(problem, coefficients, gamma, eta)
@@ -214,7 +214,11 @@ def limit(problem: LeastSquares, coefficients: Map, gamma: float, rounds: int = 
     """
     values, vectors = problem.eigen
     away = gamma * (values + values.unsqueeze(1)) - gamma**2 * torch.outer(values, values)
-    s, nothing, one = torch.zeros(1, problem.d, problem.d).double(), torch.zeros(1, problem.d).double(), torch.ones(1).double()
+    s, nothing, one = (
+        torch.zeros(1, problem.d, problem.d).double(),
+        torch.zeros(1, problem.d).double(),
+        torch.ones(1).double(),
+    )
     cost = 0.0
     for _ in range(rounds):
         noise = vectors.T @ _noise(problem, coefficients, s, nothing, one)[0] @ vectors

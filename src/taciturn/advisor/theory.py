@@ -108,7 +108,7 @@ def horizon_step(steps: int) -> float:
 
 
 def partial_multiplier(problem: LeastSquares, p: float, gamma: float) -> float:
-    """Limit of K E[excess] over Tr(C_ania H^-1) / 2 at a constant step, one client, b = 1, partial participation (p = 1: none).
+    """Limit of K E[excess] over Tr(C_ania H^-1) / 2 at a constant step: one client, b = 1, codec partial(p) (p = 1: none).
 
     (1 + (2 - p) phi / d) / (1 - phi), phi = sum of g lambda_i / (2 (1 - g lambda_i)), g = gamma / p; infinite from phi = 1.
     Departure: ours, from the diagonal of the stationary covariance.
