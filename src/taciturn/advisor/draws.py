@@ -1,20 +1,22 @@
-"""Compressed vectors, many at once, for simulations: the library's codecs, and O(d) draws that never form a message.
+"""Compressed vectors, many at once, for simulations: the library's codecs as they are, and O(d) draws with the same law.
 
 Symbols: u [n, d] float32, one vector a row; generator of torch, from which all randomness comes, also the codecs' keys.
-A draw answers `draw(u, generator)` with C(u) [n, d], independent over rows; `linear_map(d)`, `omega(d)` and `bits(d)`
-are the codec's. A projector on h random dimensions and a quantizer in a Haar-random basis need O(d h) and O(d^2) work to
-encode; their law given u depends on |u| alone up to rotations about u, so O(d) draws have exactly that law.
+A draw answers `draw(u, generator)` with C(u) [n, d], independent over rows; `linear_map(d)` (None: there is none),
+`omega(d)` and `message_bits(d)` are the codec's. Encoding calls a kernel for each row, and costs O(d h) for a projector, O(d^2) for a
+Haar-random basis; a simulation of many small vectors needs the law alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from taciturn.advisor.moments import Map, projector_map, sphere, stabilized_map
+from taciturn import codecs
+from taciturn.advisor.moments import Map, sphere, stabilized_map
 from taciturn.core.types import Codec
 from taciturn.core.vector import Layout
 
@@ -24,9 +26,11 @@ class Draw(Protocol):
 
     def draw(self, u: Tensor, generator: Generator) -> Tensor: ...
 
+    def linear_map(self, d: int) -> Map | None: ...
+
     def omega(self, d: int) -> float: ...
 
-    def bits(self, d: int) -> float: ...
+    def message_bits(self, d: int) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +53,18 @@ class through:
         compressed: Tensor = torch.vmap(one)(u, keys)
         return compressed
 
+    def linear_map(self, d: int) -> Map | None:
+        """The codec's."""
+        stated = getattr(self.codec, "linear_map", None)
+        return None if stated is None else stated(d)
+
     def omega(self, d: int) -> float:
         """The codec's."""
         return float(_of(self.codec).omega(d))
 
-    def bits(self, d: int) -> float:
+    def message_bits(self, d: int) -> float:
         """The codec's."""
-        return float(_of(self.codec).bits(d))
-
-    def linear_map(self, d: int) -> Map:
-        """The codec's. Errors: `AttributeError` for a codec that has none."""
-        a, b, c = _of(self.codec).linear_map(d)
-        return float(a), float(b), float(c)
+        return float(_of(self.codec).message_bits(d))
 
 
 def _of(codec: Codec) -> Any:
@@ -68,39 +72,69 @@ def _of(codec: Codec) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class projector:
-    """(d/h) P u, P the projector on a uniform h-dimensional subspace: P u = r u + sqrt(r (1-r)) |u| v.
+class in_law:
+    """A codec of the library, drawn by its formula: identity, partial, sparsify, rand_k, quantize (l2 norm, one tensor,
+    stochastic) and sketch (uniform). Errors: `TypeError` for other codecs: simulate those `through` their messages.
 
-    r ~ Beta(h/2, (d-h)/2), drawn as a ratio of sums of squares; v uniform on the unit sphere of u's complement.
+    sketch: (d/h) P u = (d/h) (r u + sqrt(r (1-r)) |u| v), r ~ Beta(h/2, (d-h)/2) as a ratio of sums of squares, v uniform
+    on the unit sphere of u's complement: what the projector P on a uniform h-dimensional subspace does to u.
     """
 
-    h: int
+    codec: Codec
+
+    def __post_init__(self) -> None:
+        codec, simple = self.codec, (codecs.identity, codecs.partial, codecs.sparsify, codecs.rand_k, codecs.sketch)
+        plain = isinstance(codec, codecs.quantize) and codec.norm == "l2" and codec.scale == "tensor" and codec.unbiased
+        if not (isinstance(codec, simple) or (plain and _of(codec).symbols % 2)):
+            raise TypeError(f"there is no draw in law for {codec}; use through(codec)")
 
     def draw(self, u: Tensor, generator: Generator) -> Tensor:
-        """u [n, d] -> [n, d]."""
-        d = u.shape[1]
-        squares = torch.randn(u.shape, generator=generator).square_()
-        share = squares[:, : self.h].sum(1, keepdim=True) / squares.sum(1, keepdim=True)
+        """u [n, d] -> [n, d], with the law of C(u)."""
+        codec, (n, d) = self.codec, u.shape
+        if isinstance(codec, codecs.identity):
+            return u
+        if isinstance(codec, codecs.partial):
+            return u * ((torch.rand(n, 1, generator=generator) < codec.p) / codec.p)
+        if isinstance(codec, codecs.sparsify):
+            return u * ((torch.rand(n, d, generator=generator) < codec.p) / codec.p)
+        if isinstance(codec, codecs.quantize):
+            return _quantized(u, (codec.symbols - 1) // 2, generator)
+        h = round(d / (1 + _of(codec).omega(d)))
+        if isinstance(codec, codecs.rand_k):
+            places = torch.rand(n, d, generator=generator).topk(h, dim=1).indices
+            return torch.zeros_like(u).scatter_(1, places, u.gather(1, places) * (d / h))
+        squares = torch.randn(n, d, generator=generator).square_()
+        share = squares[:, :h].sum(1, keepdim=True) / squares.sum(1, keepdim=True)
         beside = _beside(u, (share * (1 - share)).clamp(min=0).sqrt(), generator)
-        return (d / self.h) * (share * u + beside)
+        return (d / h) * (share * u + beside)
+
+    def linear_map(self, d: int) -> Map | None:
+        """The codec's."""
+        return through(self.codec).linear_map(d)
 
     def omega(self, d: int) -> float:
-        """d/h - 1, with equality for every u."""
-        return d / self.h - 1
+        """The codec's."""
+        return through(self.codec).omega(d)
 
-    def bits(self, d: int) -> float:
-        """h floats; the projector follows from a shared seed of 64 bits."""
-        return 32.0 * self.h + 64
+    def message_bits(self, d: int) -> float:
+        """The codec's."""
+        return through(self.codec).message_bits(d)
 
-    def linear_map(self, d: int) -> Map:
-        """See `moments.projector_map`."""
-        return projector_map(d, self.h)
+
+def _quantized(u: Tensor, levels: int, generator: Generator) -> Tensor:
+    """|u| sign(u_i) (floor r_i + Bernoulli(r_i - floor r_i)) / s, r_i = s |u_i| / |u|; 0 for 0."""
+    norm = u.norm(dim=1, keepdim=True) / levels
+    r = u.abs() / norm.clamp(min=1e-38)
+    rounded = (r + torch.rand(u.shape, generator=generator)).floor_()
+    return rounded * u.sign() * norm
 
 
 @dataclass(frozen=True, slots=True)
 class stabilized:
     """1-quantization in a Haar-random basis, U' Q(U u): q = Q(v) of a uniform unit vector v, then
     |u| (<v, q> u/|u| + sqrt(|q|^2 - <v, q>^2) v'), v' uniform on the unit sphere of u's complement.
+
+    The library's `rotated(qsgd(1))` does nearly the same with a randomised Hadamard transform.
     """
 
     def draw(self, u: Tensor, generator: Generator) -> Tensor:
@@ -112,17 +146,17 @@ class stabilized:
         size = (q.sum(1, keepdim=True) - along.square()).clamp(min=0).sqrt()
         return along * u + _beside(u, size, generator)
 
+    def linear_map(self, d: int) -> Map | None:
+        """See `moments.stabilized_map`."""
+        return stabilized_map(d)
+
     def omega(self, d: int) -> float:
         """d E|u_1| - 1: the mean over bases, with equality for every u."""
         return d * sphere(d, 1) - 1
 
-    def bits(self, d: int) -> float:
-        """What QSGD sends, in expectation: a norm, and position and sign of d E|u_1| values at log2(d) + 1 bits."""
-        return 32 + d * sphere(d, 1) * (torch.tensor(float(d)).log2().item() + 1)
-
-    def linear_map(self, d: int) -> Map:
-        """See `moments.stabilized_map`."""
-        return stabilized_map(d)
+    def message_bits(self, d: int) -> float:
+        """A norm, a seed, and log2(3) bits a value."""
+        return 96 + d * math.log2(3)
 
 
 def _beside(u: Tensor, size: Tensor, generator: Generator) -> Tensor:

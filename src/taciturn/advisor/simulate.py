@@ -15,7 +15,7 @@ Departure: randomness comes from torch's generator of the seed, not from keys: n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,7 +136,7 @@ class _Field:
         return self._times(self.root, inner).contiguous()
 
 
-def _normals(shape: tuple[int, ...], generator: Generator, steps: int):  # type: ignore[no-untyped-def]
+def _normals(shape: tuple[int, ...], generator: Generator, steps: int) -> Iterator[Tensor]:
     """Standard normals of `shape`, `steps` times, drawn in chunks that fit the cache."""
     size = max(1, torch.Size(shape).numel())
     chunk = max(1, 2**16 // size)

@@ -22,12 +22,13 @@ import torch
 
 from taciturn import codecs
 from taciturn.advisor import problems, theory
-from taciturn.advisor.draws import Draw, projector, through
+from taciturn.advisor.draws import Draw, in_law
 from taciturn.advisor.moments import linear, quantized, quantized_bound, trace
 from taciturn.advisor.problems import LeastSquares
 from taciturn.advisor.recursion import blocks, excess
 from taciturn.advisor.sheet import page, picture
 from taciturn.advisor.simulate import Cell, simulate
+from taciturn.core import random
 from taciturn.core.errors import require, unknown
 from taciturn.core.state import write_atomic
 
@@ -111,18 +112,22 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def matched(d: int) -> dict[str, Draw]:
-    """The codecs at the omega of 1-quantization."""
+def matched(d: int) -> dict[str, tuple[Draw, float]]:
+    """The codecs at the omega of 1-quantization, and the omega that sets their step.
+
+    For quantization that is the published sqrt(d); its supremum is sqrt(d) - 1.
+    """
     p = 1 / (math.sqrt(d) + 1)
     h = max(1, int(d * p))
-    return {
-        "none": through(codecs.identity()),
-        "quantization": through(codecs.qsgd(levels=1)),
-        "sparsification": through(codecs.sparsify(p=p)),
-        "sketch": projector(h),
-        "rand-h": through(codecs.rand_k(k=h)),
-        "PP": through(codecs.partial(p=p)),
+    chosen = {
+        "none": in_law(codecs.identity()),
+        "quantization": in_law(codecs.qsgd(levels=1)),
+        "sparsification": in_law(codecs.sparsify(p=p)),
+        "sketch": in_law(codecs.sketch(h=h)),
+        "rand-h": in_law(codecs.rand_k(k=h)),
+        "PP": in_law(codecs.partial(p=p)),
     }
+    return {name: (draw, math.sqrt(d) if name == "quantization" else draw.omega(d)) for name, draw in chosen.items()}
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
@@ -149,75 +154,59 @@ def log_points(last: int, decade: int) -> list[int]:
 
 
 def predicted(
-    setting: Setting, problem: LeastSquares, codec: Draw, gamma: float, steps: list[int]
+    setting: Setting, problem: LeastSquares, codec: Draw, omega: float, gamma: float, steps: list[int]
 ) -> tuple[str, list[float]]:
     """(what it is, E excess at every K): exact, bound, stand-in (one H for unlike clients), asymptote (memory) or none."""
-    d, map_ = problem.d, getattr(codec, "linear_map", None)
-    coefficients = _map(codec, d)
+    coefficients = codec.linear_map(problem.d)
+
+    def c2(moment: torch.Tensor) -> torch.Tensor:
+        return quantized_bound(moment) if coefficients is None else linear(coefficients, moment)
+
     if setting.memory:
         if problem.batch == 0:
             return "none", []
-        alpha = _alpha(codec, d)
         if coefficients is None:
-            noise = theory.memory_limit(problem, quantized_bound)
+            noise = theory.memory_limit(problem, c2)
         else:
-            noise = theory.memory_noise(problem, coefficients, alpha)
+            noise = theory.memory_noise(problem, coefficients, 1 / (2 * (omega + 1)))
         return "asymptote", [theory.asymptotic(noise, problem.curvature, k) for k in steps]
-    kind = "exact" if map_ is not None and coefficients is not None else "bound"
+    kind = "bound" if coefficients is None else "exact"
     if not problem.alike:
         kind = "stand-in"
         problem = problems.central(problem.curvature, problem.sigma, problem.batch, problem.clients)
-    if coefficients is None:
-        return kind, blocks(problem, quantized_bound, gamma, steps)
-    straight = bool((problem.eigen[1] == torch.eye(d)).all())
-    if straight or coefficients[1] == 0:
+    straight = bool((problem.eigen[1] == torch.eye(problem.d)).all())
+    if coefficients is not None and (straight or coefficients[1] == 0):
         return kind, excess(problem, coefficients, gamma, steps)
-    return kind, blocks(problem, lambda moment: linear(coefficients, moment), gamma, steps)
-
-
-def _map(codec: Draw, d: int) -> tuple[float, float, float] | None:
-    try:
-        return codec.linear_map(d)  # type: ignore[attr-defined, no-any-return]
-    except AttributeError:
-        return None
-
-
-def _alpha(codec: Draw, d: int) -> float:
-    return 1 / (2 * (codec.omega(d) + 1))
+    return kind, blocks(problem, c2, gamma, steps)
 
 
 def cost(problem: LeastSquares, codec: Draw) -> float:
-    """Tr(C_ania H^-1) without memory; for quantization with equal optima exact, else its bound."""
-    coefficients = _map(codec, problem.d)
-    exact = coefficients is not None or not bool(problem.offsets.any())
+    """Tr(C_ania H^-1) without memory; for quantization exact where all optima agree, else its bound."""
+    coefficients = codec.linear_map(problem.d)
     if coefficients is not None:
         noise = theory.induced_noise(problem, lambda moment: linear(coefficients, moment))
     else:
-        noise = theory.induced_noise(problem, quantized if exact else quantized_bound)
+        noise = theory.induced_noise(problem, quantized_bound if bool(problem.offsets.any()) else quantized)
     return trace(noise, problem.curvature)
 
 
-def series(setting: Setting, name: str, codec: Draw, settings: Settings) -> dict[str, Any]:
+def series(setting: Setting, name: str, codec: Draw, omega: float, settings: Settings) -> dict[str, Any]:
     """Simulate and predict one codec in one setting."""
     problem, d = setting.problem(settings.d), settings.d
     replicas = settings.replicas or (16 if setting.clients == 1 else 4)
-    last, final, omega = (
-        settings.steps if setting.clients == 1 else settings.steps // 2,
-        setting.published_steps,
-        codec.omega(d),
-    )
-    alpha = _alpha(codec, d) if setting.memory else 0.0
+    last, final = settings.steps if setting.clients == 1 else settings.steps // 2, setting.published_steps
+    seed = int(random.fold(random.key(settings.seed), setting.key, name))  # no two series share their draws
     if setting.rule == "horizon":
         stops = log_points(last, 1)
-        values = torch.cat([_run(setting, problem, codec, k, [k], alpha, replicas, settings.seed) for k in stops])
+        values = torch.cat([_run(setting, problem, codec, omega, [k], replicas, seed) for k in stops])
         far = sorted({*stops, *log_points(final, 1)})
-        pairs = [predicted(setting, problem, codec, setting.gamma(problem, omega, k), [k]) for k in far]
+        pairs = [predicted(setting, problem, codec, omega, setting.gamma(problem, omega, k), [k]) for k in far]
         kind, line = pairs[0][0], [value for _, found in pairs for value in found]
     else:
         stops = log_points(last, settings.points)
-        values = _run(setting, problem, codec, last, stops, alpha, replicas, settings.seed)
+        values = _run(setting, problem, codec, omega, stops, replicas, seed)
         far = sorted({*stops, *log_points(final, settings.points)})
-        kind, line = predicted(setting, problem, codec, setting.gamma(problem, omega, last), far)
+        kind, line = predicted(setting, problem, codec, omega, setting.gamma(problem, omega, last), far)
     return {
         "setting": setting.key,
         "codec": name,
@@ -230,7 +219,7 @@ def series(setting: Setting, name: str, codec: Draw, settings: Settings) -> dict
         "prediction_kind": kind,
         "published": {"steps": final, "log10": dict(zip(CODECS, setting.published, strict=False)).get(name)},
         "omega": omega,
-        "bits": codec.bits(d),
+        "bits": codec.message_bits(d),
         "trace": None if setting.memory else cost(problem, codec),
     }
 
@@ -242,18 +231,12 @@ def predicted_at(one: Mapping[str, Any], steps: int) -> float | None:
 
 
 def _run(
-    setting: Setting,
-    problem: LeastSquares,
-    codec: Draw,
-    last: int,
-    stops: list[int],
-    alpha: float,
-    replicas: int,
-    seed: int,
+    setting: Setting, problem: LeastSquares, codec: Draw, omega: float, stops: list[int], replicas: int, seed: int
 ) -> torch.Tensor:
     """-> excess [len(stops), replicas]."""
-    gamma = setting.gamma(problem, codec.omega(problem.d), last)
-    return simulate([Cell(problem, gamma, alpha)], codec, stops, replicas, seed).excess[0]
+    alpha = 1 / (2 * (omega + 1)) if setting.memory else 0.0
+    cell = Cell(problem, setting.gamma(problem, omega, stops[-1]), alpha)
+    return simulate([cell], codec, stops, replicas, seed).excess[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ the study
@@ -265,8 +248,8 @@ def study(folder: Path, values: Mapping[str, Any], say: Line = lambda line: None
     began, found = time.perf_counter(), []
     chosen = matched(settings.d)
     for setting in SETTINGS:
-        for name, codec in chosen.items():
-            one = series(setting, name, codec, settings)
+        for name, (codec, omega) in chosen.items():
+            one = series(setting, name, codec, omega, settings)
             found.append(one)
             last = f"10^{math.log10(max(one['excess'][-1], 1e-300)):.2f}"
             say(f"{setting.key:20} {name:15} K = {one['steps'][-1]:>8} excess {last}")
@@ -278,9 +261,9 @@ def study(folder: Path, values: Mapping[str, Any], say: Line = lambda line: None
         "seconds": round(time.perf_counter() - began, 1),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "study.json", (json.dumps(result) + "\n").encode())
-    write_atomic(folder / "study.html", page(result).encode())
-    write_atomic(folder / "study.svg", picture(result).encode())
+    write_atomic(folder / "study.json", [(json.dumps(result) + "\n").encode()])
+    write_atomic(folder / "study.html", [page(result).encode()])
+    write_atomic(folder / "study.svg", [picture(result).encode()])
     return {"study": "least-squares", "folder": str(folder), **agreement(found), "seconds": result["seconds"]}
 
 
