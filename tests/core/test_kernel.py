@@ -92,10 +92,12 @@ def test_select(d):
         for room in {k, d}:
             a, b = both(lambda room=room, edge=edge: kernel.keep(u, key, edge, 1.7, room))
             assert same(a, b) and int(a[1]) == k
-            c, e = both(lambda a=a, edge=edge: kernel.spread(a[0], key, edge, d))
-            assert same(c, e) and int(c[1]) == k
+            c, e = both(lambda a=a, edge=edge: kernel.spread(a[0], key, edge, a[1], d))
+            assert same(c, e)
             chosen = eager.shift(eager.words(key, d), 1) <= edge
-            assert torch.equal(c[0], torch.where(chosen, u * 1.7, 0.0)) and int(chosen.sum()) == k
+            assert torch.equal(c, torch.where(chosen, u * 1.7, 0.0)) and int(chosen.sum()) == k
+            with pytest.raises(WireError, match="the seed of this message says"):
+                kernel.spread(a[0], key, edge, a[1] + (1 if k + 1 < d else -1), d)
         a, b = both(lambda k=k: kernel.largest(u, k))
         assert same(a, b)
         assert torch.equal(a[0], u[a[1]]) and float(a[0].abs().min()) >= float(u.abs().sort(descending=True).values[k - 1])
@@ -160,7 +162,7 @@ def test_vmap_is_a_loop(native):
         kept, count = kernel.keep(u, key, edge, 1.0, 5)
         values, places = kernel.largest(u, 5)
         return (
-            codes, kernel.dequantize(codes, steps, radix, [1, d]), count, kernel.spread(kept, key, edge, d)[0],
+            codes, kernel.dequantize(codes, steps, radix, [1, d]), count, kernel.spread(kept, key, edge, count, d),
             kernel.put(values, places, d), kernel.rotate(u, key, 16, False),
         )  # fmt: skip
 

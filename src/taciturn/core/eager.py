@@ -1,7 +1,7 @@
 """The kernels in torch, for every device: slower than their twins in `native/kernels.c`, and the same in every bit.
 
-Where a sum decides a bit, its order is fixed: lanes of 1024 are halved ten times, and their sums again. Symbols and shapes are
-those of `core/kernel.py`.
+Where a sum decides a bit, its order is fixed: lanes of 1024 are halved ten times, and their sums again. Symbols and shapes
+are those of `core/kernel.py`.
 """
 
 from __future__ import annotations
@@ -48,11 +48,16 @@ def words(key: Tensor, n: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- quantize
 
 
+def _cut(x: Tensor, size: int) -> Tensor:
+    """[.., n size] -> [.., n, size]."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
 def _tree(x: Tensor) -> Tensor:
     """Sum over the last axis in the fixed order: [.., n] float64 -> [..]."""
     while x.shape[-1] > 1:
         n = x.shape[-1]
-        x = torch.nn.functional.pad(x, (0, -n % _LANES)).unflatten(-1, (-1, _LANES))
+        x = _cut(torch.nn.functional.pad(x, (0, -n % _LANES)), _LANES)
         for _ in range(10):
             half = x.shape[-1] // 2
             x = x[..., :half] + x[..., half:]
@@ -80,7 +85,7 @@ def quantize(u: Tensor, key: Tensor, radix: Tensor, runs: Sequence[int], norm: s
     d, at, every, segments = u.shape[-1], 0, [], []
     half = radix.double().unsqueeze(-1) * 0.5
     for count, size in zip(runs[::2], runs[1::2], strict=True):
-        part = u[..., at : at + count * size].unflatten(-1, (count, size))
+        part = u[..., at : at + count * size].reshape(*u.shape[:-1], count, size)
         step = torch.where(half > 0, _scale(part, norm) / half, 0.0).float()
         step = torch.where(torch.isnan(_scale(part, norm)), torch.nan, step)
         segments.append(step)
@@ -128,14 +133,17 @@ def _compact(u: Tensor, chosen: Tensor, room: int) -> Tensor:
 def keep(u: Tensor, key: Tensor, threshold: Tensor, scale: float, room: int) -> tuple[Tensor, Tensor]:
     """Chosen values and how many."""
     chosen = shift(words(key, u.shape[-1]), 1) <= threshold.unsqueeze(-1)
-    return _compact(u * scale, chosen, room), chosen.sum(-1).clamp(max=room).to(torch.int32)
+    finite, counts = torch.isfinite(u).all(-1), chosen.sum(-1).clamp(max=room)
+    kept = torch.where(finite.unsqueeze(-1), _compact(u * scale, chosen, room), torch.nan)
+    return kept, torch.where(finite, counts, room).to(torch.int32)
 
 
-def spread(values: Tensor, key: Tensor, threshold: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Values in their places, and how many places there are."""
-    chosen = shift(words(key, d), 1) <= threshold.unsqueeze(-1)
-    place = (chosen.cumsum(-1) - 1).clamp(0, values.shape[-1] - 1)
-    return torch.where(chosen, values.gather(-1, place), 0.0), chosen.sum(-1).to(torch.int32)
+def spread(values: Tensor, key: int, threshold: int, out: Tensor) -> int:
+    """Values [room] to their places of `out` [d] -> how many places there are."""
+    chosen = shift(words(torch.tensor(key, device=out.device), len(out)), 1) <= threshold
+    place = (chosen.cumsum(-1) - 1).clamp(0, len(values) - 1)
+    out.copy_(torch.where(chosen, values[place], 0.0))
+    return int(chosen.sum())
 
 
 def largest(u: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +170,7 @@ def _hadamard(x: Tensor) -> Tensor:
     """Walsh-Hadamard transform of the last axis, a power of two, by butterflies at distances 1, 2, 4 .."""
     n, h = x.shape[-1], 1
     while h < n:
-        pairs = x.unflatten(-1, (n // (2 * h), 2, h))
+        pairs = x.reshape(*x.shape[:-1], n // (2 * h), 2, h)
         p, q = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack([p + q, p - q], -2).flatten(-3)
         h *= 2
@@ -178,7 +186,7 @@ def rotate(u: Tensor, key: Tensor, block: int, inverse: bool) -> Tensor:
         while block > d - at:
             block //= 2
         count = (d - at) // block
-        parts.append(_hadamard(x[..., at : at + count * block].unflatten(-1, (count, block))).flatten(-2))
+        parts.append(_hadamard(_cut(x[..., at : at + count * block], block)).flatten(-2))
         at += count * block
     out = torch.cat(parts, -1) if parts else x.clone()
     return torch.where(minus, -out, out) if inverse else out

@@ -1,12 +1,12 @@
-"""The door to the compiled kernels: what codecs and random draws spend their time on, in C where it was built, else in torch.
+"""The door to the compiled kernels: what codecs and random draws spend their time on, in C where it was built.
 
-Both give the same bits, so which one ran is nobody's business: a run goes on where the other one began. The C library is
-built when the package is installed; without a compiler, on another device than the CPU, or with TACITURN_KERNELS=torch in the
-environment, the twins in `core/eager.py` do the work. Every function takes any leading axes [..], and is an operator of torch, so
-that it runs under `torch.vmap` as one call over all rows.
+C and torch give the same bits, so which of them ran is nobody's business: a run goes on where the other began. The C
+library is built when the package is installed; without a compiler, on another device than the CPU, or with
+TACITURN_KERNELS=torch in the environment, the twins in `core/eager.py` do the work. Every function takes any leading axes
+[..], and is an operator of torch, so that it runs under `torch.vmap` as one call over all rows.
 
-Symbols: d values of a vector u; key [..] int64; word i: the i-th draw of the key (random.bits); runs: (count, size, count, size ..)
-of equal segments that lie one after the other, d values in all; S segments; q symbols, radix = q - 1.
+Symbols: d values of a vector u; key [..] int64; word i: the i-th draw of the key (random.bits); runs: (count, size, count,
+size ..) of equal segments that lie one after the other, d values in all; S segments; q symbols, radix = q - 1.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def _views(out: Tensor, axes: int) -> list[Tensor]:
 def quantize(u: Tensor, key: Tensor, radix: Tensor, runs: Sequence[int], norm: str, nearest: bool) -> tuple[Tensor, Tensor]:
     """u [.., d] float32, radix [..] uint8 -> codes [.., d] uint8 of 0..radix, steps [.., S] float32.
 
-    step = norm of the segment / h, h = radix / 2; the code of a value v is one of the two neighbors of v / step + h, the upper one
-    with probability of the remainder (24 random bits), or the nearest. A segment that is not finite has step NaN.
+    step = norm of the segment / h, h = radix / 2; the code of a value v is one of the two neighbors of v / step + h, the
+    upper one with the probability of the remainder (24 random bits), or the nearest. Not finite: step NaN.
     """
     native = _native(u)
     if native is None:
@@ -180,7 +180,10 @@ def threshold(key: Tensor, d: int, k: int) -> Tensor:
 
 @_operator("(Tensor u, Tensor key, Tensor threshold, float scale, int room) -> (Tensor, Tensor)")
 def keep(u: Tensor, key: Tensor, threshold: Tensor, scale: float, room: int) -> tuple[Tensor, Tensor]:
-    """u_i * scale where word i >> 1 <= threshold, one after the other: [.., d], [..], [..] -> [.., room], how many [..] int32."""
+    """u_i * scale where word i >> 1 <= threshold, one after the other: [.., d] -> [.., room], how many [..] int32.
+
+    A vector that is not finite gives `room` times NaN.
+    """
     native = _native(u)
     if native is None:
         return eager.keep(u, key, threshold, scale, room)
@@ -193,24 +196,34 @@ def keep(u: Tensor, key: Tensor, threshold: Tensor, scale: float, room: int) -> 
     return out, torch.tensor(counts, dtype=torch.int32).reshape(_lead(u, 1))
 
 
-@_operator("(Tensor values, Tensor key, Tensor threshold, int d) -> (Tensor, Tensor)")
-def spread(values: Tensor, key: Tensor, threshold: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `keep`, zeros elsewhere: [.., room] -> [.., d], how many places there are [..] int32."""
-    native = _native(values)
+@_operator("(Tensor values, Tensor key, Tensor threshold, Tensor count, int d) -> Tensor")
+def spread(values: Tensor, key: Tensor, threshold: Tensor, count: Tensor, d: int) -> Tensor:
+    """The inverse of `keep`, zeros elsewhere: [.., room], count [..] of them sent -> [.., d]. All d sent: they themselves.
+
+    Errors: `WireError` if more or fewer were sent than there are places.
+    """
+    out = torch.empty(*_lead(values, 1), d, device=values.device)
+    rows = zip(*(t.reshape(-1).tolist() for t in (key, threshold, count)), _rows(values, 1), _views(out, 1), strict=True)
+    for k, edge, sent, kept, row in rows:
+        if sent == d == len(kept):
+            row.copy_(kept)
+        elif (places := _spread(kept, k, edge, row)) != sent:
+            raise WireError(f"{sent} values; the seed of this message says {places}")
+    return out
+
+
+def _spread(kept: Tensor, key: int, threshold: int, out: Tensor) -> int:
+    native = _native(kept)
     if native is None:
-        return eager.spread(values, key, threshold, d)
-    out, counts = torch.empty(*_lead(values, 1), d), []
+        return eager.spread(kept, key, threshold, out)
     native.tc_spread.restype = ctypes.c_int64
-    rows = zip(_rows(values, 1), key.reshape(-1).tolist(), threshold.reshape(-1).tolist(), _views(out, 1), strict=True)
-    for kept, k, edge, row in rows:
-        arguments = _at(kept), _i64(len(kept)), _i64(k), _i64(edge), _at(row), _i64(d)
-        counts.append(native.tc_spread(*arguments))
-    return out, torch.tensor(counts, dtype=torch.int32).reshape(_lead(values, 1))
+    found = native.tc_spread(_at(kept), _i64(len(kept)), _i64(key), _i64(threshold), _at(out), _i64(len(out)))
+    return int(found)
 
 
 @_operator("(Tensor u, int k) -> (Tensor, Tensor)")
 def largest(u: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k values of largest magnitude, of equals those that come first, in the order of their places; NaN is largest of all.
+    """The k values of largest magnitude (of equals those that come first) in the order of their places; NaN is largest.
 
     u [.., d] -> values [.., k], places [.., k] int64, rising.
     """
@@ -225,7 +238,7 @@ def largest(u: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @_operator("(Tensor values, Tensor places, int d) -> Tensor")
 def put(values: Tensor, places: Tensor, d: int) -> Tensor:
-    """values [.., k] at places [.., k] of zeros [.., d]. Errors: `WireError` for a place that is not there, or given twice."""
+    """values [.., k] at places [.., k] of zeros [.., d]. Errors: `WireError` for places not there or not rising."""
     if places.numel() and (int(places.min()) < 0 or int(places.max()) >= d):
         raise WireError(f"indices from {int(places.min())} to {int(places.max())}; the vector has {d} values")
     if places.shape[-1] > 1 and not bool((places.diff() > 0).all()):

@@ -46,7 +46,7 @@ def fold(key: Key, *parts: int | str | Tensor) -> Key:
 
 def bits(key: Key, n: int) -> Tensor:
     """n words of 64 random bits for each key: [..] -> [.., n] int64."""
-    return eager.words(key, n) if n < _FEW else kernel.words(key, n)  # type: ignore[no-any-return]
+    return eager.words(key, n) if n < _FEW else kernel.words(key, n)
 
 
 def uniform(key: Key, *shape: int) -> Tensor:

@@ -235,16 +235,24 @@ API int64_t tc_threshold(uint64_t key, int64_t d, int64_t k)
     return -1;
 }
 
-/* u[i] * scale for every i whose word is at most the threshold, one after the other -> how many. out holds `room`. */
+/* u[i] * scale for every i whose word is at most the threshold, one after the other -> how many. out holds `room`.
+ * Only NaN, and `room`, if u is not finite. */
 FAST API int64_t tc_keep(const float *u, int64_t d, uint64_t key, int64_t threshold, float scale, float *out, int64_t room)
 {
     uint64_t words[CHUNK];
     float kept[CHUNK + 1];
     int64_t count = 0;
+    uint32_t most = 0;
     for (int64_t a = 0; a < d; a += CHUNK) {
         int64_t width = d - a < CHUNK ? d - a : CHUNK, n = 0;
         for (int64_t i = 0; i < width; i++)
             words[i] = word(key, (uint64_t)(a + i)) >> 1;
+        for (int64_t i = 0; i < width; i++) {
+            uint32_t bits;
+            memcpy(&bits, u + a + i, 4);
+            bits &= 0x7FFFFFFFu;
+            most = bits > most ? bits : most;
+        }
         for (int64_t i = 0; i < width; i++) {
             kept[n] = u[a + i];
             n += (int64_t)words[i] <= threshold;
@@ -255,7 +263,11 @@ FAST API int64_t tc_keep(const float *u, int64_t d, uint64_t key, int64_t thresh
         count += n;
     }
     memset(out + count, 0, (size_t)(room - count) * sizeof(float));
-    return count;
+    if (most < 0x7F800000u)
+        return count;
+    for (int64_t i = 0; i < room; i++)
+        out[i] = NAN;
+    return room;
 }
 
 /* The inverse: values in their places, zeros elsewhere -> how many places there are. values holds `room`. */
