@@ -2,8 +2,8 @@
 
 Symbols: u [n, d] float32, one vector a row; generator of torch, from which all randomness comes, also the codecs' keys.
 A draw answers `draw(u, generator)` with C(u) [n, d], independent over rows; `linear_map(d)` (None: there is none),
-`omega(d)` and `message_bits(d)` are the codec's. Encoding calls a kernel for each row, and costs O(d h) for a projector, O(d^2) for a
-Haar-random basis; a simulation of many small vectors needs the law alone.
+`omega(d)` and `message_bits(d)` are the codec's. Encoding calls a kernel for each row, and costs O(d h) for a projector,
+O(d^2) for a Haar-random basis; a simulation of many small vectors needs the law alone.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class in_law:
         squares = torch.randn(n, d, generator=generator).square_()
         share = squares[:, :h].sum(1, keepdim=True) / squares.sum(1, keepdim=True)
         beside = _beside(u, (share * (1 - share)).clamp(min=0).sqrt(), generator)
-        return (d / h) * (share * u + beside)
+        projected: Tensor = (d / h) * (share * u + beside)
+        return projected
 
     def linear_map(self, d: int) -> Map | None:
         """The codec's."""
@@ -126,7 +127,8 @@ def _quantized(u: Tensor, levels: int, generator: Generator) -> Tensor:
     norm = u.norm(dim=1, keepdim=True) / levels
     r = u.abs() / norm.clamp(min=1e-38)
     rounded = (r + torch.rand(u.shape, generator=generator)).floor_()
-    return rounded * u.sign() * norm
+    compressed: Tensor = rounded * u.sign() * norm
+    return compressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,8 @@ class stabilized:
         q = (torch.rand(u.shape, generator=generator) < v).to(u.dtype)
         along = (v * q).sum(1, keepdim=True)
         size = (q.sum(1, keepdim=True) - along.square()).clamp(min=0).sqrt()
-        return along * u + _beside(u, size, generator)
+        compressed: Tensor = along * u + _beside(u, size, generator)
+        return compressed
 
     def linear_map(self, d: int) -> Map | None:
         """See `moments.stabilized_map`."""
@@ -166,4 +169,5 @@ def _beside(u: Tensor, size: Tensor, generator: Generator) -> Tensor:
     z = torch.randn(u.shape, generator=generator)
     square = u.square().sum(1, keepdim=True)
     z = z - (z * u).sum(1, keepdim=True) / square.clamp(min=1e-38) * u
-    return z * (size * square.sqrt() / z.norm(dim=1, keepdim=True))
+    beside: Tensor = z * (size * square.sqrt() / z.norm(dim=1, keepdim=True))
+    return beside

@@ -8,6 +8,7 @@ Everything is float64 and draws nothing.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -79,7 +80,7 @@ def quantized(moment: Tensor, points: int = 400) -> Tensor:
     if total == 0:
         return torch.zeros_like(moment)
     low, high = math.log(1e-10 / total), math.log(1e14 / total)
-    nodes, weights = (torch.from_numpy(array) for array in np.polynomial.legendre.leggauss(points))
+    nodes, weights = _legendre(points)
     t = torch.exp(low + (high - low) * (nodes + 1) / 2)  # [points]
     weights = weights * (high - low) / 2
     values, vectors = torch.linalg.eigh(moment)
@@ -92,6 +93,13 @@ def quantized(moment: Tensor, points: int = 400) -> Tensor:
     tails = 2 * slope * math.exp(low / 2) + 2 * diagonal.sqrt() * math.exp(-high / 2)
     mean = math.sqrt(2 / math.pi) / (2 * math.sqrt(math.pi)) * (body + tails)
     return moment + torch.diag(mean - diagonal)
+
+
+@cache
+def _legendre(points: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of Gauss-Legendre on [-1, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    return torch.from_numpy(nodes), torch.from_numpy(weights)
 
 
 def quantized_bound(moment: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class LeastSquares:
         if bool((self.optima == self.optima[0]).all()):
             return self.optima[0]
         pulled = (self.moments @ self.optima.unsqueeze(-1)).squeeze(-1).mean(0)
-        return torch.linalg.solve(self.curvature, pulled)
+        solved: Tensor = torch.linalg.solve(self.curvature, pulled)
+        return solved
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -92,7 +93,8 @@ def haar(d: int, seed: int) -> Tensor:
     """A uniformly random orthogonal matrix [d, d]: QR of a Gaussian one, with the signs of R put right."""
     gaussian = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q, r = torch.linalg.qr(gaussian)
-    return q * r.diagonal().sign()
+    turned: Tensor = q * r.diagonal().sign()
+    return turned
 
 
 def rotated(values: Tensor, basis: Basis, seed: int = 5) -> Tensor:

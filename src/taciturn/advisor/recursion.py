@@ -204,7 +204,8 @@ def _accumulate(sums: Tensor, source: Tensor, values: Tensor, gamma: float, coun
     one[:, 0, 0], one[:, 0, 3] = a.square(), source
     one[:, 1, 0] = one[:, 1, 1] = a
     one[:, 2, 0], one[:, 2, 1], one[:, 2, 2], one[:, 3, 3] = 1.0, 2.0, 1.0, 1.0
-    return (torch.linalg.matrix_power(one, count) @ sums.unsqueeze(-1)).squeeze(-1)
+    moved: Tensor = torch.linalg.matrix_power(one, count) @ sums.unsqueeze(-1)
+    return moved.squeeze(-1)
 
 
 def limit(problem: LeastSquares, coefficients: Map, gamma: float, rounds: int = 2000) -> float:

@@ -97,10 +97,10 @@ def _figure(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, Any]:
             hidden = {"name": f"{name}, published", "showlegend": False, "legendgroup": name, "mode": "markers"}
             data.append(hidden | {"x": [end["steps"] * scale], "y": [10 ** end["log10"]], "marker": mark})
     look = {"type": "log", "gridcolor": "rgba(128,128,128,.25)", "exponentformat": "power", "dtick": 1, "automargin": True}
-    x = "steps K" if axis == "steps" else "bytes sent by a client"
+    title = "steps K" if axis == "steps" else "bytes sent by a client"
     layout = {
         "template": "none", "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
-        "xaxis": look | {"title": {"text": x}}, "yaxis": look | {"title": {"text": "excess"}},
+        "xaxis": look | {"title": {"text": title}}, "yaxis": look | {"title": {"text": "excess"}},
         "legend": {"orientation": "h", "y": -0.2}, "margin": {"l": 30, "r": 10, "t": 10, "b": 30},
     }  # fmt: skip
     return {"data": data, "layout": layout}
@@ -179,9 +179,9 @@ def _panel(title: str, rows: Sequence[dict[str, Any]]) -> str:
 
     drawn = [f'<text x="{_LEFT}" y="16" font-weight="600">{html.escape(title)}</text>']
     for power in range(math.ceil(first), math.floor(last) + 1):
-        x = at(10.0**power, low).split(",")[0]
-        drawn.append(f'<path d="M{x} {_TOP}v{height}" stroke="#ddd"/>')
-        drawn.append(f'<text x="{x}" y="{_TOP + height + 14}" text-anchor="middle">1e{power}</text>')
+        place = at(10.0**power, low).split(",")[0]
+        drawn.append(f'<path d="M{place} {_TOP}v{height}" stroke="#ddd"/>')
+        drawn.append(f'<text x="{place}" y="{_TOP + height + 14}" text-anchor="middle">1e{power}</text>')
     for power in range(low, high + 1):
         y = at(10.0**first, power).split(",")[1]
         drawn.append(f'<path d="M{_LEFT} {y}h{width}" stroke="#ddd"/>')

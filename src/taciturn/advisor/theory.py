@@ -40,6 +40,8 @@ def gradient_moment(problem: LeastSquares, i: int, moment: Tensor) -> Tensor:
 def client_moments(problem: LeastSquares, centered: bool = False) -> list[Tensor]:
     """E g_i g_i' at w* of every client, or their covariances (without the mean H_i delta_i)."""
     found = []
+    if centered and problem.batch == 0:
+        return [torch.zeros_like(problem.curvature) for _ in problem.offsets]
     for i, offset in enumerate(problem.offsets):
         mean = problem.moments[i] @ offset
         moment = gradient_moment(problem, i, torch.outer(offset, offset))
@@ -174,4 +176,5 @@ def _bound(
     first = float((eta.square() / values).sum()) ** 0.5
     last = (((1 - gamma * low) ** steps * float(eta.square().sum()) + drift / low) / low) ** 0.5
     noise_term = trace(noise, problem.curvature) ** 0.5
-    return ((first + last) / (gamma * math.sqrt(steps)) + noise_term + (multiplied / low) ** 0.5) ** 2 / (2 * steps)
+    root = (first + last) / (gamma * math.sqrt(steps)) + noise_term + math.sqrt(multiplied / low)
+    return float(root**2 / (2 * steps))

@@ -88,4 +88,5 @@ class least_squares:
             eye = torch.eye(self.d, dtype=torch.float64)
             return eye[random.permutation(key, self.d)] if own else eye
         q, r = torch.linalg.qr(random.normal(key, self.d, self.d).double())
-        return q * r.diagonal().sign()
+        turned: Tensor = q * r.diagonal().sign()
+        return turned
