@@ -245,7 +245,7 @@ class _keyed:
 
 @pytest.mark.parametrize("codec", [codecs.identity(), codecs.partial(p=0.5), codecs.sparsify(p=0.4), codecs.rand_k(k=3)])
 def test_fifty_rounds_of_the_library(codec):
-    """One full gradient a round through client, codec, bytes, aggregation and server = the simulator on the same samples."""
+    """One full gradient a round through client, codec, bytes and server = the simulator on the same samples."""
     clients, d, gamma, rounds = 4, 6, 0.04, 50
     source = data.least_squares(d=d, clients=clients, samples=40, shift="optimum", central=0.0)
     task = TaskSpec(source, linear()).build(0)

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from taciturn import codecs
 from taciturn.advisor.moments import Map, sphere, stabilized_map
+from taciturn.core.payload import nbytes
 from taciturn.core.types import Codec
 from taciturn.core.vector import Layout
 
@@ -65,6 +66,19 @@ class through:
     def message_bits(self, d: int) -> float:
         """The codec's."""
         return float(_of(self.codec).message_bits(d))
+
+
+def message_bytes(codec: Codec, d: int, messages: int = 500) -> float:
+    """Mean bytes on the wire of a Gaussian vector of d values, without the frame's header; encoded, not estimated."""
+    layout, generator = Layout(("w",), ((d,),)), torch.Generator().manual_seed(0)
+    tx, _ = codec.init(layout)
+    keys = torch.randint(-(2**63), 2**63 - 1, (messages,), generator=generator)
+    vectors = torch.randn(messages, d, generator=generator)
+
+    def one(row: Tensor, key: Tensor) -> Tensor:
+        return nbytes(codec.encode(row, tx, key, layout=layout, knobs={})[0])
+
+    return float(torch.vmap(one)(vectors, keys).double().mean())
 
 
 def _of(codec: Codec) -> Any:

@@ -27,6 +27,7 @@ KINDS = {
     "bound": "bound (Cauchy-Schwarz map; proved for a diagonal H)",
     "stand-in": "recursion for alike clients with the mean H",
     "asymptote": "Tr(C H^-1) / 2K",
+    "uncompressed": "exact recursion without compression, which every codec meets once its memory has settled",
 }
 _STYLE = """:root{--ink:#1b222c;--page:#fff;--dim:#5a6675;--line:#d5dbe2}
 @media screen and (prefers-color-scheme:dark){:root{--ink:#e6eaef;--page:#14181e;--dim:#9fabb9;--line:#36404c}}
@@ -79,7 +80,7 @@ def _figure(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, Any]:
     data: list[dict[str, Any]] = []
     for one in rows:
         name, color = one["codec"], COLORS[one["codec"]]
-        scale = 1.0 if axis == "steps" else one["bits"] / 8
+        scale = 1.0 if axis == "steps" else one["bytes"]
         line = {"legendgroup": name, "line": {"color": color}, "marker": {"color": color, "size": 5}}
         bars = {"type": "data", "array": [2 * e for e in one["error"]], "thickness": 1, "width": 2}
         data.append(
@@ -129,7 +130,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         end, known = one["published"], dict(zip(one["prediction_steps"], one["prediction"], strict=True))
         printed = "-" if end["log10"] is None else f"{end['log10']:.2f}"
         cells = (
-            f"{one['omega']:.3g}", f"{one['bits'] / 8:.4g}", f"{one['steps'][-1]}", log10(one["excess"][-1]),
+            f"{one['omega']:.3g}", f"{one['bytes']:.4g}", f"{one['steps'][-1]}", log10(one["excess"][-1]),
             log10(known.get(one["steps"][-1])),
             one["prediction_kind"], f"{end['steps']}", log10(known.get(end["steps"])), printed,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The study behind `taciturn run least-squares`: published settings of compressed averaged SGD, simulated and predicted.
 
 Symbols: as in `simulate` and `theory`; K steps; a series is one codec in one setting: excess of w^_K (mean and standard
-error over replicas) at log-spaced K, the prediction at the same K and at the published K, and bits a client has sent.
+error over replicas) at log-spaced K, the prediction at the same K and at the published K, and mean bytes of a message.
 Codecs are matched in omega: s = 1 quantization has omega = sqrt(d); p = 1 / (omega + 1); h = floor(d p).
 Source: Philippenko & Dieuleveut, JMLR 25(288), 2024; the published end values were read off the figures of their
 repository, to about 0.03 in log10.
@@ -22,10 +22,10 @@ import torch
 
 from taciturn import codecs
 from taciturn.advisor import problems, theory
-from taciturn.advisor.draws import Draw, in_law
-from taciturn.advisor.moments import linear, quantized, quantized_bound, trace
+from taciturn.advisor.draws import Draw, in_law, message_bytes
+from taciturn.advisor.moments import IDENTITY, linear, quantized, quantized_bound, trace
 from taciturn.advisor.problems import LeastSquares
-from taciturn.advisor.recursion import blocks, excess
+from taciturn.advisor.recursion import PACKED, blocks, excess
 from taciturn.advisor.sheet import page, picture
 from taciturn.advisor.simulate import Cell, simulate
 from taciturn.core import random
@@ -38,19 +38,23 @@ Line = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What can be set: steps of the longest simulated run, replicas (0: as the setting asks), features, points a decade."""
+    """What can be set: steps of the longest simulated run, replicas (0: as the setting asks), features, seed, points a
+    decade, and how many of the settings, in their order.
+    """
 
     steps: int = 10_000
     replicas: int = 0
     d: int = 100
     seed: int = 0
     points: int = 10
+    panels: int = 10
 
     def __post_init__(self) -> None:
         require(self.steps >= 100, f"steps: at least 100; got {self.steps}")
         require(self.d >= 4, f"d: at least 4 features; got {self.d}")
         require(self.replicas >= 0, f"replicas: at least 1, or 0; got {self.replicas}")
         require(self.points >= 1, f"points: at least 1 a decade; got {self.points}")
+        require(self.panels >= 1, f"panels: at least 1 setting; got {self.panels}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def matched(d: int) -> dict[str, tuple[Draw, float]]:
+def matched(d: int) -> dict[str, tuple[in_law, float]]:
     """The codecs at the omega of 1-quantization, and the omega that sets their step.
 
     For quantization that is the published sqrt(d); its supremum is sqrt(d) - 1.
@@ -156,7 +160,7 @@ def log_points(last: int, decade: int) -> list[int]:
 def predicted(
     setting: Setting, problem: LeastSquares, codec: Draw, omega: float, gamma: float, steps: list[int]
 ) -> tuple[str, list[float]]:
-    """(what it is, E excess at every K): exact, bound, stand-in (one H for unlike clients), asymptote (memory) or none."""
+    """(what it is, E excess at every K): exact, bound, stand-in (one H for all), asymptote, uncompressed (memory)."""
     coefficients = codec.linear_map(problem.d)
 
     def c2(moment: torch.Tensor) -> torch.Tensor:
@@ -164,7 +168,7 @@ def predicted(
 
     if setting.memory:
         if problem.batch == 0:
-            return "none", []
+            return "uncompressed", excess(problem, IDENTITY, gamma, steps)
         if coefficients is None:
             noise = theory.memory_limit(problem, c2)
         else:
@@ -175,7 +179,7 @@ def predicted(
         kind = "stand-in"
         problem = problems.central(problem.curvature, problem.sigma, problem.batch, problem.clients)
     straight = bool((problem.eigen[1] == torch.eye(problem.d)).all())
-    if coefficients is not None and (straight or coefficients[1] == 0):
+    if coefficients is not None and (straight or coefficients[1] == 0 or problem.d <= PACKED):
         return kind, excess(problem, coefficients, gamma, steps)
     return kind, blocks(problem, c2, gamma, steps)
 
@@ -190,7 +194,7 @@ def cost(problem: LeastSquares, codec: Draw) -> float:
     return trace(noise, problem.curvature)
 
 
-def series(setting: Setting, name: str, codec: Draw, omega: float, settings: Settings) -> dict[str, Any]:
+def series(setting: Setting, name: str, codec: in_law, omega: float, settings: Settings) -> dict[str, Any]:
     """Simulate and predict one codec in one setting."""
     problem, d = setting.problem(settings.d), settings.d
     replicas = settings.replicas or (16 if setting.clients == 1 else 4)
@@ -219,7 +223,7 @@ def series(setting: Setting, name: str, codec: Draw, omega: float, settings: Set
         "prediction_kind": kind,
         "published": {"steps": final, "log10": dict(zip(CODECS, setting.published, strict=False)).get(name)},
         "omega": omega,
-        "bits": codec.message_bits(d),
+        "bytes": message_bytes(codec.codec, d),
         "trace": None if setting.memory else cost(problem, codec),
     }
 
@@ -242,12 +246,15 @@ def _run(
 # ------------------------------------------------------------------------------------------------------------ the study
 
 
-def study(folder: Path, values: Mapping[str, Any], say: Line = lambda line: None) -> dict[str, Any]:
-    """Run everything, write study.json, .html and .svg into the folder; -> the summary. `say` gets a line a series."""
+def least_squares(folder: Path, values: Mapping[str, Any], say: Line = lambda line: None) -> dict[str, Any]:
+    """Averaged compressed SGD on least squares: published settings, simulated and predicted; a few minutes at 10,000 steps.
+
+    Writes study.json, study.html and study.svg into the folder; -> the summary. `say` gets a line for each series.
+    """
     settings = settings_from(values)
     began, found = time.perf_counter(), []
     chosen = matched(settings.d)
-    for setting in SETTINGS:
+    for setting in SETTINGS[: settings.panels]:
         for name, (codec, omega) in chosen.items():
             one = series(setting, name, codec, omega, settings)
             found.append(one)
@@ -256,7 +263,7 @@ def study(folder: Path, values: Mapping[str, Any], say: Line = lambda line: None
     result = {
         "study": "least-squares",
         "settings": dataclasses.asdict(settings),
-        "titles": {setting.key: setting.title for setting in SETTINGS},
+        "titles": {setting.key: setting.title for setting in SETTINGS[: settings.panels]},
         "series": found,
         "seconds": round(time.perf_counter() - began, 1),
     }
