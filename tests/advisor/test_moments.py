@@ -60,7 +60,7 @@ def conditional_moment(draw, u: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_are_unbiased_and_have_the_stated_moments(name):
-    draw, n = DRAWS[name], 100_000
+    draw, n = DRAWS[name], 50_000 if name.startswith("qsgd") else 100_000
     c = draw.draw(U.expand(n, D), generator())
     assert float(scores(c, U.double()).abs().max()) < 4.5
     assert float(scores(products(c), conditional_moment(draw, U)).abs().max()) < 4.5
@@ -77,7 +77,7 @@ def test_draws_are_unbiased_and_have_the_stated_moments(name):
 @pytest.mark.parametrize("name", BOTH)
 def test_draws_in_law_are_the_codecs(name):
     """The messages of the library have the same first two moments, and the same support."""
-    codec, n = BOTH[name], 2000 if name == "sketch" else 8000
+    codec, n = BOTH[name], 2000 if name == "sketch" else 5000
     c = through(codec).draw(U.expand(n, D), generator(1))
     assert float(scores(c, U.double()).abs().max()) < 4.5
     assert float(scores(products(c), conditional_moment(in_law(codec), U)).abs().max()) < 4.5
@@ -117,7 +117,7 @@ def test_empirical_moment_of_gaussians(name):
     x = torch.distributions.MultivariateNormal(torch.zeros(D).double(), m)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        samples = x.sample((200_000 if draw.linear_map(D) is not None else 20_000,))
+        samples = x.sample((200_000 if draw.linear_map(D) is not None else 10_000,))
     coefficients = draw.linear_map(D)
     c = draw.draw(samples.float(), generator())
     if coefficients is None:
@@ -127,7 +127,7 @@ def test_empirical_moment_of_gaussians(name):
         exact = moments.linear(coefficients, m)
         estimate = moments.conditional(draw, samples)
     assert float(scores(products(c), exact).abs().max()) < 4.5
-    assert float((estimate - exact).abs().max() / exact.abs().max()) < 0.03
+    assert float((estimate - exact).abs().max() / exact.abs().max()) < 0.04
 
 
 def test_conditional_estimate_needs_a_variance_or_a_map():

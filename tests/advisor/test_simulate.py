@@ -59,7 +59,7 @@ def cells_of(draw, d: int, factors=(1.0, 0.25)) -> list[Cell]:
 @pytest.mark.parametrize("name", draws(8))
 def test_every_linear_codec_follows_the_recursion(name):
     draw = draws(8)[name]
-    assert float(scores(cells_of(draw, 8), draw, [20, 200], 1000).abs().max()) < 4
+    assert float(scores(cells_of(draw, 8), draw, [20, 150], 800).abs().max()) < 4
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_covariate_shift_averages_over_clients():
     """Ten clients' excess is a tenth of one's, at a small step with sigma alike."""
     shifted = problems.covariate_shift(6, 10, powers=(0.5, 1.0), seed=2)
     alone = problems.central(shifted.curvature)
-    draw, gamma, k = in_law(codecs.sparsify(p=0.4)), 0.02, 2000
+    draw, gamma, k = in_law(codecs.sparsify(p=0.4)), 0.03, 800
     ones = torch.ones(6)
     many = simulate([Cell(shifted, gamma)], draw, [k], 100, w0=ones).excess.mean()
     one = simulate([Cell(alone, gamma)], draw, [k], 400, w0=ones).excess.mean()
@@ -173,9 +173,9 @@ def test_memory_with_full_gradients_converges_linearly(name):
     d = 6
     draw = in_law(codecs.qsgd(levels=1)) if name == "quantization" else draws(d)[name]
     problem = problems.optimum_shift(moment("rotated", d), 4, batch=0, scale=1.0)
-    gamma, alpha = 0.1, 1 / (2 * (draw.omega(d) + 1))
-    with_memory = simulate([Cell(problem, gamma, alpha)], draw, [1000, 3000], 4)
-    without = simulate([Cell(problem, gamma)], draw, [3000], 4)
+    gamma, alpha = 0.2, 1 / (2 * (draw.omega(d) + 1))
+    with_memory = simulate([Cell(problem, gamma, alpha)], draw, [400, 1200], 4)
+    without = simulate([Cell(problem, gamma)], draw, [1200], 4)
     gap = (with_memory.last - problem.optimum).norm(dim=-1)
     assert float(gap.max()) < 1e-4 < 0.01 < float((without.last - problem.optimum).norm(dim=-1).min())
     target = (problem.moments @ problem.offsets.unsqueeze(-1)).squeeze(-1).float()
@@ -184,10 +184,10 @@ def test_memory_with_full_gradients_converges_linearly(name):
     assert float(ratio.mean()) == pytest.approx(9, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["sparsification", "sketch"])
+@pytest.mark.parametrize("name", ["sparsification", pytest.param("sketch", marks=pytest.mark.slow)])
 def test_memory_settles_at_the_stated_noise(name):
     """Stochastic gradients: Cov(h_i) at a small step is the fixed point, and the excess follows its trace."""
-    d, alpha, gamma, k = 5, 0.1, 0.02, 3000
+    d, alpha, gamma, k = 5, 0.1, 0.03, 1500
     draw = draws(d)[name]
     problem = problems.optimum_shift(moment("rotated", d), 2, batch=8, scale=2.0)
     found = simulate([Cell(problem, gamma, alpha)], draw, [k], 400, w0=problem.optimum)
@@ -243,7 +243,7 @@ class _keyed:
         return torch.stack(rows)
 
 
-@pytest.mark.parametrize("codec", [codecs.identity(), codecs.partial(p=0.5), codecs.sparsify(p=0.4), codecs.rand_k(k=3)])
+@pytest.mark.parametrize("codec", [codecs.identity(), codecs.sparsify(p=0.4), codecs.rand_k(k=3)])
 def test_fifty_rounds_of_the_library(codec):
     """One full gradient a round through client, codec, bytes and server = the simulator on the same samples."""
     clients, d, gamma, rounds = 4, 6, 0.04, 50

@@ -150,7 +150,7 @@ def test_memory_can_be_worse_than_none():
 @pytest.mark.parametrize("name", draws(6))
 def test_powers_equal_steps(name, basis):
     draw, problem = draws(6)[name], problems.central(BASES[basis](6), 0.8, clients=2)
-    gamma, stops = theory.constant_step(draw.omega(6), problem), [1, 2, 3, 50, 401]
+    gamma, stops = theory.constant_step(draw.omega(6), problem), [1, 2, 3, 150]
     w0 = torch.linspace(-1, 2, 6)
     by_powers = recursion.excess(problem, draw.linear_map(6), gamma, stops, w0)
     by_steps = recursion.blocks(problem, c2_of(draw, 6), gamma, stops, w0, growth=0.0)

@@ -102,6 +102,7 @@ def _figure(rows: Sequence[dict[str, Any]], axis: str) -> dict[str, Any]:
     layout = {
         "template": "none", "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
         "xaxis": look | {"title": {"text": title}}, "yaxis": look | {"title": {"text": "excess"}},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#888888"},
         "legend": {"orientation": "h", "y": -0.2}, "margin": {"l": 30, "r": 10, "t": 10, "b": 30},
     }  # fmt: skip
     return {"data": data, "layout": layout}

@@ -280,15 +280,19 @@ def agreement(found: list[dict[str, Any]]) -> dict[str, Any]:
     scores, apart = [], []
     for one in exact:
         value, far = predicted_at(one, one["steps"][-1]), predicted_at(one, one["published"]["steps"])
-        if value is not None and one["error"][-1] > 1e-6 * value:
+        if value is not None and one["replicas"] > 4 and one["error"][-1] > 1e-6 * value:
             scores.append(abs(one["excess"][-1] - value) / one["error"][-1])
         if far and one["published"]["log10"] is not None:
             apart.append(abs(math.log10(far) - one["published"]["log10"]))
     return {
         "series": len(found),
         "exact_series": len(scores),
-        "median_z": round(sorted(scores)[len(scores) // 2], 2),
-        "largest_z": round(max(scores), 2),
-        "median_log10_from_published": round(sorted(apart)[len(apart) // 2], 3),
-        "largest_log10_from_published": round(max(apart), 3),
+        "median_z": _middle(scores),
+        "largest_z": round(max(scores, default=0.0), 2),
+        "median_log10_from_published": _middle(apart),
+        "largest_log10_from_published": round(max(apart, default=0.0), 2),
     }
+
+
+def _middle(values: list[float]) -> float | None:
+    return round(sorted(values)[len(values) // 2], 2) if values else None
