@@ -13,7 +13,7 @@ import torch
 
 from taciturn import codecs
 from taciturn.advisor import moments, problems
-from taciturn.advisor.draws import in_law, stabilized, through
+from taciturn.advisor.draws import in_law, message_bytes, stabilized, through
 
 D = 6
 LINEAR = {
@@ -250,3 +250,8 @@ def test_orderings():
     bound = moments.quantized_bound(standard)
     sparse = moments.linear(maps(20)["sparsification"], standard)
     assert float(torch.linalg.eigvalsh(sparse - bound).min()) > 0
+
+
+def test_message_bytes_are_what_codecs_say():
+    for codec in BOTH.values():
+        assert message_bytes(codec, 100) == pytest.approx(codec.message_bits(100) / 8, rel=0.03)
