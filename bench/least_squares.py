@@ -133,7 +133,17 @@ def main() -> None:
         "seconds": round(time.perf_counter() - began, 1),
     }
     n = {"replicas": replicas, "d": D, "steps": stops[-1], "bases": 3, "step_sizes": 3, "codecs": len(every)}
-    finish("least_squares", figures | {"n": n, "rows": [] if quick else rows}, quick)
+    finish("least_squares", figures | {"n": n, "rows": [] if quick else [_line(row) for row in rows]}, quick)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row in a line of the result file."""
+    head = (
+        f"{row['codec']}, {row['basis']}, step {row['step']} {row['gamma']:.4g}, K {row['K']}, {row['replicas']} replicas: "
+    )
+    text = head + f"{row['excess']:.5g} +- {row['error']:.2g}"
+    named = {"exact": row["exact"], "z": row.get("z"), "bound": row.get("bound"), "surrogate": row.get("surrogate")}
+    return text + "".join(f", {name} {value:.5g}" for name, value in named.items() if value is not None)
 
 
 def _more(every: dict[str, Draw], settings: dict[str, LeastSquares], quick: bool) -> list[dict[str, Any]]:
