@@ -100,11 +100,19 @@ def air(path: str) -> Experiment:
     return Experiment(task, method.replace(sync=sync.every(steps=100)), rounds=20, name="air")
 
 
+def least_squares_rounds(path: str) -> Experiment:
+    """Least squares with a known solution: ten clients, one step a round, 400 rounds; change the codec and look."""
+    task = TaskSpec(data.least_squares(d=20, clients=10, samples=500), linear())
+    method = Method(sync=sync.every(steps=1), solver=solvers.sgd(lr=0.01), batch_size=1)
+    return Experiment(task, method, rounds=400, name="least-squares-rounds", evaluate_every=50, checkpoint_every=100)
+
+
 RECIPES: dict[str, Recipe] = {
     "activity": activity,
     "air": air,
     "fashion": fashion,
     "heart": heart,
+    "least-squares-rounds": least_squares_rounds,
     "mnist": mnist,
     "mnist-fedadam": mnist_fedadam,
     "mnist-float16": mnist_float16,
