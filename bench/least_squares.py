@@ -132,7 +132,7 @@ def main() -> None:
         "orders": orders,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    n = {"replicas": replicas, "d": D, "steps": stops[-1], "bases": 3, "step_sizes": 3, "codecs": len(every)}
+    n = {"tasks": len(rows), "seeds": replicas, "rounds": stops[-1], "d": D, "bases": 3, "codecs": len(every)}
     finish("least_squares", figures | {"n": n, "rows": [] if quick else [_line(row) for row in rows]}, quick)
 
 
