@@ -1,8 +1,9 @@
 """Which codec suits a task, predicted from a short pilot run."""
 
-from taciturn.advisor.advice import Advice, advise, parse_bytes, show, split_list
-from taciturn.advisor.pilot import Pilot, pilot
-from taciturn.advisor.rank import Budget, Forecast, forecasts, law
+from taciturn.advisor.advice import Advice, advise, candidates, order, parse_bytes, show, split_list, tie
+from taciturn.advisor.law import law_of
+from taciturn.advisor.pilot import Pilot, run_pilot
+from taciturn.advisor.rank import Budget, Forecast, forecasts
 
 __all__ = [
     "Advice",
@@ -10,10 +11,13 @@ __all__ = [
     "Forecast",
     "Pilot",
     "advise",
+    "candidates",
     "forecasts",
-    "law",
+    "law_of",
+    "order",
     "parse_bytes",
-    "pilot",
+    "run_pilot",
     "show",
     "split_list",
+    "tie",
 ]

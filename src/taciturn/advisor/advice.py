@@ -19,8 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from taciturn.advisor.pilot import Pilot, pilot
-from taciturn.advisor.rank import CONFIDENCE, Budget, Forecast, Law, forecasts, law, memory_gain
+from taciturn.advisor.law import Law, law_of
+from taciturn.advisor.pilot import Pilot, run_pilot
+from taciturn.advisor.rank import CONFIDENCE, Budget, Forecast, forecasts, memory_gain
 from taciturn.codecs import identity
 from taciturn.core.errors import ConfigError, require
 from taciturn.experiment.config import PARTS, build_part, from_table, to_table
@@ -180,8 +181,8 @@ def advise(
     require(mbit is None or mbit > 0, f"--link: above 0 Mbit/s; got {mbit}")
     require(latency >= 0 and (mbit is not None or latency == 0), "--latency: at least 0 ms, and only together with --link")
     chosen = candidates(codecs)
-    found = pilot(experiment, pilot_rounds)
-    known = law(found)
+    found = run_pilot(experiment, pilot_rounds)
+    known = law_of(found)
     spent = budget if budget is not None else 4.0 * found.d * found.cohort_clients * experiment.rounds
     limit = Budget(spent, mbit, latency)
     require(
@@ -189,34 +190,30 @@ def advise(
         f"--budget: {spent:.3g} bytes are less than a quarter of what the pilot itself would send up; give more, or fewer "
         "pilot rounds (--pilot)",
     )
-    options: dict[str, Any] = {"base": identity(), "target_rounds": experiment.rounds, "memory": memory_of}
+    options: dict[str, Any] = {"base": identity(), "target_rounds": experiment.rounds}
     rows = forecasts(known, chosen, limit, **options)
     by = "seconds" if mbit is not None else "loss"
-    ranked, apart = _order(rows, by)
+    ranked, apart = order(rows, by)
     require(bool(ranked), f"advise: nothing can be predicted of {', '.join(chosen)}; name an unbiased codec too")
     word, extra = _memory(known, ranked[0], found)
     if extra is not None:
-        ranked, _ = _order([*ranked, *forecasts(known, extra, limit, **options)], by)
-    tied = tuple(row.name for row in ranked[1:] if _tie(ranked[0], row, by))
+        ranked, _ = order([*ranked, *forecasts(known, extra, limit, **options)], by)
+    tied = tuple(row.name for row in ranked[1:] if tie(ranked[0], row, by))
     toml = _toml(experiment, ranked[0])
     return Advice(ranked, tied, apart, _reasons(ranked, tied, known, limit, word, by), toml, by, limit, known)
 
 
-def memory_of(codec: Any) -> tuple[Any, float] | None:
-    """(inner codec, rate) of a codec that keeps a memory of what was sent (`difference`); else None."""
-    if type(codec).__name__ != "difference":
-        return None
-    return codec.codec, getattr(codec, "alpha", None) or math.nan
+def order(rows: Sequence[Forecast], by: str) -> tuple[tuple[Forecast, ...], tuple[Forecast, ...]]:
+    """Forecasts by "loss" or "seconds", best first; and those that are not predicted."""
 
-
-def _order(rows: Sequence[Forecast], by: str) -> tuple[tuple[Forecast, ...], tuple[Forecast, ...]]:
     def place(row: Forecast) -> tuple[float, float]:
         return (row.seconds if by == "seconds" else row.loss, row.loss)
 
     return tuple(sorted((r for r in rows if not r.why), key=place)), tuple(r for r in rows if r.why)
 
 
-def _tie(best: Forecast, other: Forecast, by: str) -> bool:
+def tie(best: Forecast, other: Forecast, by: str) -> bool:
+    """True if the pilot cannot tell that `best`, which is predicted to be ahead, is ahead."""
     a, b = (row.paired_seconds if by == "seconds" else row.paired for row in (best, other))
     assert a is not None and b is not None
     if not bool(torch.isfinite(b[0])):
@@ -232,7 +229,7 @@ def _memory(known: Law, best: Forecast, found: Pilot) -> tuple[str, dict[str, An
     inner = best.codec
     if not inner.lossy or best.memory or best.noise < 1e-3:
         return f"Memory (difference) has nothing to remove: {best.name} adds no noise to speak of; {spread}.", None
-    omega = inner.omega(found.d) if hasattr(inner, "omega") else math.inf
+    omega = inner.omega(found.d)
     if not math.isfinite(omega):
         return f"Memory (difference) needs a codec with a finite omega; {best.name} has none; {spread}.", None
     alpha = 1 / (2 * (omega + 1))

@@ -9,6 +9,7 @@ client keeps anything of it; the cost is stated in `Pilot.cost`.
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from taciturn.client import Work
 from taciturn.codecs import identity
 from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
-from taciturn.core.errors import ConfigError, MethodError, RunError
+from taciturn.core.errors import ConfigError, MethodError, RunError, require
 from taciturn.core.random import Key
 from taciturn.core.state import State
 from taciturn.core.types import Aggregator, Block, Cast
@@ -100,57 +101,68 @@ class Pilot:
         return float(self.curve[-1])
 
 
-def pilot(experiment: Experiment, rounds: int | None = None, messages: int = MESSAGES) -> Pilot:
+def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int = MESSAGES) -> Pilot:
     """Train `rounds` rounds without compression (a quarter of the experiment's, 2 to 10, unless given), then sample.
 
-    Errors: `ConfigError`, `DataError`, `ModelError` of the experiment; `ModelError` for a model whose messages do not fit
+    Errors: `ConfigError`, `DataError`, `ModelError` of the experiment; `ConfigError` for a model whose messages do not fit
     in memory; `RunError` if the pilot diverges.
     """
     rounds = max(2, min(10, experiment.rounds // 4)) if rounds is None else rounds
+    require(rounds >= 1, f"--pilot: at least 1 round; got {rounds}")
     began = time.perf_counter()
     run = prepare(experiment.replace(method=experiment.method.replace(codec=identity())))
-    d, sizes, method = run.work.split.layout.d, run.task.train.sizes, run.experiment.method
-    count = min(messages, VALUES // max(1, d))
-    if count < FEWEST:
-        raise ConfigError(
-            f"advise: the model shares {d} values; {FEWEST} messages of at most {VALUES // FEWEST} fit the memory that the "
-            "advisor allows itself. Share less (method.partition), or advise a smaller model of the same kind"
-        )
-    path, seconds, down, server = [run.server.x], [], 0.0, run.server
+    work, sizes, method, key = run.work, run.task.train.sizes, run.experiment.method, run.key
+    ids = _sampled(len(sizes), random.fold(key, "pilot"))
+    draws = _draws(work.split.layout.d, len(ids), messages)
     with closing(run.engine.crew):
-        for r in range(rounds):
-            key = random.fold(run.key, "round", r)
-            ids = method.participation.draw(r, key, torch.ones(len(sizes), dtype=torch.bool))
-            start = time.perf_counter()
-            server, _ = fed_round(server, ids, sizes[ids], method, run.engine, run.work.split.layout, key)
-            seconds.append(time.perf_counter() - start)
-            path.append(server.x)
-            kinds = run.engine.post.ledger.close_round()["by_kind"]
-            down = sum(e["payload"] + e["frame"] for k, e in kinds.items() if k in ("down/model", "down/monitor")) / len(
-                ids
-            )
-        if not torch.isfinite(server.x).all():
-            raise RunError("advise: the pilot diverged without compression; lower method.solver.lr")
-        sampled = _sampled(len(sizes), random.fold(run.key, "pilot"))
-        draws = max(2, count // len(sampled))
-        found = _draw(run.engine, run.work, server, method, sampled, draws, run.key, experiment)
-    sent, client = found
+        path, server, seconds, down, cohort = _train(run, rounds)
+        sent, client = _draw(run.engine, work, server, method, ids, draws, key, experiment)
     weights = method.aggregator.weigh(sizes)
-    curvature = _curvature(run.work, server.x, sampled, weights[sampled], random.fold(run.key, "curvature"))
+    curvature = _curvature(work, server.x, ids, weights[ids], random.fold(key, "curvature"))
     curve = torch.tensor([replace(curvature, x=x).loss() for x in path], dtype=torch.float64)
-    plan, _ = plan_round(server.round, sampled, sizes[sampled], method)
-    ids = method.participation.draw(0, random.fold(run.key, "round", 0), torch.ones(len(sizes), dtype=torch.bool))
-    share = weights[sampled] / weights[sampled].sum()
+    plan, _ = plan_round(server.round, ids, sizes[ids], method)
+    share = weights[ids] / weights[ids].sum()
     steps = float((plan.limit * share).sum())
     gamma, note = _step_size(method, plan.lr_scale, sent.mean(0), curvature, steps)
-    effective = float(weights.sum() ** 2 / weights.square().sum()) * len(ids) / len(sizes)
-    cost = {"rounds": rounds, "messages": len(sent), "samples": len(curvature.weights)}
+    effective = float(weights.sum() ** 2 / weights.square().sum()) * cohort / len(sizes)
+    cost = {"rounds": float(rounds), "messages": float(len(sent)), "samples": float(len(curvature.weights))}
     cost |= {"seconds": time.perf_counter() - began}
     decay = float(getattr(method.solver, "weight_decay", 0.0))
     return Pilot(
         server.x, sent, client, share.to(torch.float64), curve, curvature, steps, gamma, note, decay, effective,
-        len(ids) / len(sizes), len(ids), down, min(seconds), cost,
+        cohort / len(sizes), cohort, down, seconds, cost,
     )  # fmt: skip
+
+
+def _draws(d: int, clients: int, messages: int) -> int:
+    """Messages of each client. Errors: `ConfigError` with the remedy where too few fit in memory."""
+    require(d > 0, "advise: the method shares no values (method.partition), so there is nothing to compress")
+    most = VALUES // d
+    if most < max(FEWEST, 2 * clients):
+        raise ConfigError(
+            f"advise: the model shares {d} values; a sample of {max(FEWEST, 2 * clients)} messages does not fit the memory "
+            f"that the advisor allows itself (at most {VALUES // max(FEWEST, 2 * clients)} values). Share less "
+            "(method.partition), or advise a smaller model of the same kind"
+        )
+    return max(2, math.ceil(FEWEST / clients), min(messages, most) // clients)
+
+
+def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, float, int]:
+    """-> models along the way, server, seconds of the fastest round, bytes down to a client in the last, its cohort."""
+    server, sizes, method = run.server, run.task.train.sizes, run.experiment.method
+    path, seconds, down, cohort = [server.x], [], 0.0, 0
+    for r in range(rounds):
+        key = random.fold(run.key, "round", r)
+        ids = method.participation.draw(r, key, torch.ones(len(sizes), dtype=torch.bool))
+        start, cohort = time.perf_counter(), len(ids)
+        server, _ = fed_round(server, ids, sizes[ids], method, run.engine, run.work.split.layout, key)
+        seconds.append(time.perf_counter() - start)
+        path.append(server.x)
+        kinds = run.engine.post.ledger.close_round()["by_kind"]
+        down = sum(e["payload"] + e["frame"] for k, e in kinds.items() if k in ("down/model", "down/monitor")) / cohort
+    if not torch.isfinite(server.x).all():
+        raise RunError("advise: the pilot diverged without compression; lower method.solver.lr")
+    return path, server, min(seconds), down, cohort
 
 
 def _sampled(n: int, key: Key) -> Tensor:

@@ -15,22 +15,21 @@ the leading term of the averaged iterate's excess at equal bytes, told relative 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from taciturn.advisor.curvature import FLOOR, Basis, on_grid, spectrum
-from taciturn.advisor.horizon import FACTORS, Field, Terrain, at, losses, reached
+from taciturn.advisor.curvature import Basis
+from taciturn.advisor.horizon import FACTORS, Field, at, losses, reached
+from taciturn.advisor.law import Law, evenly
 from taciturn.advisor.pilot import Pilot
 from taciturn.core import random
 from taciturn.core.random import Key
 from taciturn.wire.format import FRAME, Frame, pack
 
-BOOTSTRAP = 60
-BINS = 128
 WEIGHED = 12  # messages of each codec that are packed
 NEGLIGIBLE = 1e-4  # a bias of so much of the squared norm at most counts as noise (float16: 2e-7)
 CONFIDENCE = 0.9
@@ -89,7 +88,7 @@ class Budget:
 def weigh(codec: Any, pilot: Pilot, key: Key) -> float:
     """Mean bytes of the codec's own messages, packed as they would be sent, without the frame."""
     layout = pilot.curvature.work.split.layout
-    picked = pilot.messages[_spread(len(pilot.messages), WEIGHED)]
+    picked = pilot.messages[evenly(len(pilot.messages), WEIGHED)]
     tx, _ = codec.init(layout)
     sizes = []
     for place, u in enumerate(picked):
@@ -122,8 +121,9 @@ def added(codec: Any, u: Tensor, pilot: Pilot, basis: Basis, key: Key) -> tuple[
     d = u.shape[1]
     if not codec.lossy:
         return torch.zeros(len(u), len(basis.nodes), dtype=torch.float64), "exact"
-    if hasattr(codec, "linear_map"):
-        a, b, c = codec.linear_map(d)
+    terms = codec.linear_map(d) if hasattr(codec, "linear_map") else None
+    if terms is not None:
+        a, b, c = terms
         found = torch.zeros(len(u), len(basis.nodes), dtype=torch.float64)
         if abs(a - 1) > 1e-12:
             found = found + (a - 1) * basis.energies(u)
@@ -132,21 +132,41 @@ def added(codec: Any, u: Tensor, pilot: Pilot, basis: Basis, key: Key) -> tuple[
         if c:
             found = found + c * u.to(torch.float64).square().sum(1, keepdim=True) * basis.flat()
         return found, "closed form"
-    if hasattr(codec, "variance"):
-        return basis.diagonal(codec.variance(u)), "conditional variance"
-    draws = 2 if basis.most > len(u) else 1
-    pieces = [basis.energies(residuals(codec, u, pilot, random.fold(key, "draw", r))) for r in range(draws)]
-    return sum(pieces[1:], pieces[0]) / draws, f"{draws * len(u)} draws"
+    drawn = residuals(codec, u, pilot, random.fold(key, "draw"))
+    for said in _said(codec, u, pilot):
+        gap = said.sum(1) - drawn.to(torch.float64).square().sum(1)
+        if abs(float(gap.mean())) <= 5 * float(gap.std()) / math.sqrt(len(u)) + 1e-9 * float(said.sum(1).mean()):
+            return basis.diagonal(said), "conditional variance"
+    if basis.most < len(u):
+        return basis.energies(drawn), f"{len(u)} draws"
+    more = residuals(codec, u, pilot, random.fold(key, "again"))
+    return (basis.energies(drawn) + basis.energies(more)) / 2, f"{2 * len(u)} draws"
+
+
+def _said(codec: Any, u: Tensor, pilot: Pilot) -> list[Tensor]:
+    """The conditional variance [n, d] that the codec states of one tensor: of each tensor of the model, or of the vector.
+
+    Which of them holds depends on the codec's scale; `added` believes the one that its draws bear out.
+    """
+    if not hasattr(codec, "variance"):
+        return []
+    parts = torch.split(u, list(pilot.curvature.work.split.layout.sizes), dim=1)
+    said = torch.cat([codec.variance(part) for part in parts], dim=1)
+    return [said, codec.variance(u)] if len(parts) > 1 else [said]
 
 
 def unpredicted(codec: Any, d: int) -> str:
     """Why nothing is predicted of a codec, or ""."""
     if not codec.lossy or getattr(codec, "unbiased", False):
         return ""
-    omega = codec.omega(d) if hasattr(codec, "omega") else 0.0 if type(codec).__name__ == "cast" else math.inf
-    if omega <= NEGLIGIBLE:
+    if codec.omega(d) <= NEGLIGIBLE:
         return ""
     return "biased: its error does not average out, so no covariance predicts it; measure it with a run"
+
+
+def memory_of(codec: Any, d: int) -> tuple[Any, float] | None:
+    """(inner codec, rate) of a codec that sends what is new against a memory (`difference`); else None."""
+    return (codec.codec, codec.rate(d)) if hasattr(codec, "rate") else None
 
 
 def memory_factor(alpha: float, omega: float) -> float:
@@ -160,129 +180,6 @@ def memory_factor(alpha: float, omega: float) -> float:
     return ((2 - alpha) * (1 + omega) / (2 - grown) - 1) / omega if grown < 2 else math.inf
 
 
-# ---------------------------------------------------------------------------------------------------- the pilot's law
-
-
-def _spread(n: int, most: int) -> Tensor:
-    """Up to `most` of 0..n-1, evenly."""
-    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).round().to(torch.int64)
-
-
-@dataclass(frozen=True)
-class Law:
-    """The pilot's messages in the spectrum. rows: which messages; boot [B, n]: their weights, the first row as sampled.
-
-    centred, personal [n, d]: u - ubar; u - m_i times sqrt(R/(R - 1)); within [n, k]: energies of the latter; between [k]:
-    of m_i - mbar, without the part that is noise; signal [B, k]; tails: see `_tails`;
-    rho: between over within, in traces. fold [k]: nodes -> the terrain's.
-    """
-
-    pilot: Pilot
-    basis: Basis
-    rows: Tensor
-    boot: Tensor
-    centred: Tensor
-    personal: Tensor
-    within: Tensor
-    between: Tensor
-    signal: Tensor
-    rho: float
-    rho_low: float
-    rho_high: float
-    terrain: Terrain
-    tails: float
-
-    def binned(self, energies: Tensor) -> Tensor:
-        """[.., nodes] -> [.., terrain nodes]."""
-        return _binned(self.basis.nodes, self.terrain.nodes, energies)
-
-
-def _binned(nodes: Tensor, to: Tensor, energies: Tensor) -> Tensor:
-    if len(nodes) == len(to):
-        return energies
-    flat = energies.reshape(-1, len(nodes))
-    return on_grid(to, nodes.expand(len(flat), -1), flat).reshape(*energies.shape[:-1], len(to))
-
-
-def _bootstrap(client: Tensor, weights: Tensor, key: Key, samples: int = BOOTSTRAP) -> Tensor:
-    """Weights [B, n] of messages: clients with replacement, then messages of each; row 0 is the sample itself."""
-    counts = torch.bincount(client, minlength=len(weights)).to(torch.float64)
-    base = (weights / counts.clamp(min=1))[client]
-    rows = [base]
-    for b in range(1, samples):
-        own = random.fold(key, "bootstrap", b)
-        clients = (random.uniform(random.fold(own, "clients"), len(weights)) * len(weights)).to(torch.int64)
-        times = torch.bincount(clients, minlength=len(weights)).to(torch.float64)
-        picks = random.uniform(random.fold(own, "messages"), len(client))
-        order = torch.argsort(client, stable=True)  # messages of a client stand together
-        starts = torch.cat([torch.zeros(1), counts.cumsum(0)[:-1]]).to(torch.int64)
-        drawn = order[(starts[client] + (picks * counts[client]).to(torch.int64))]
-        many = torch.bincount(drawn, minlength=len(client)).to(torch.float64)
-        rows.append(base * times[client] * many)
-    boot = torch.stack(rows)
-    return boot / boot.sum(1, keepdim=True).clamp(min=1e-300)
-
-
-def law(pilot: Pilot, basis: Basis | None = None, key: Key | None = None) -> Law:
-    """Look at the pilot's messages in the spectrum of the curvature."""
-    key = random.key(0) if key is None else key
-    basis = spectrum(pilot.curvature, random.fold(key, "spectrum")) if basis is None else basis
-    sent, client, weights = pilot.messages.to(torch.float32), pilot.client, pilot.weights
-    boot = _bootstrap(client, weights, key)
-    counts = torch.bincount(client, minlength=len(weights)).to(torch.float64)
-    means = torch.zeros(len(weights), pilot.d).index_add_(0, client, sent) / counts.to(torch.float32).unsqueeze(1)
-    mean = (boot[:1].to(torch.float32) @ sent).squeeze(0)
-    rows = _spread(len(sent), basis.most)
-    personal = (counts / (counts - 1).clamp(min=1)).sqrt()[client].unsqueeze(1).to(torch.float32) * (sent - means[client])
-    within = basis.energies(personal[rows])
-    part = boot[:, rows] / boot[:, rows].sum(1, keepdim=True).clamp(min=1e-300)
-    inner = part @ within
-    picked = _spread(len(weights), basis.most)
-    share = weights[picked] / weights[picked].sum()
-    noise = float((weights.square() / counts).sum())  # of the mean of all messages, in units of `within`
-    outer = share @ basis.energies((means - mean)[picked]) - (float((weights / counts).sum()) - noise) * inner[0]
-    if basis.most < len(sent):
-        signal = basis.energies(mean.unsqueeze(0)).expand(len(boot), -1) - noise * inner
-    else:
-        extra = torch.full((len(boot), 1), 2 * noise, dtype=torch.float64)
-        extra[0] = noise
-        signal = basis.energies(boot.to(torch.float32) @ sent) - extra * inner
-    nodes = basis.nodes
-    if len(nodes) > BINS:
-        top = max(float(nodes.max()), 1e-30)
-        nodes = torch.logspace(math.log10(FLOOR * top), math.log10(top), BINS, dtype=torch.float64)
-    terrain = Terrain(nodes, pilot.gamma, pilot.steps, pilot.decay, pilot.loss)
-    signal = _binned(basis.nodes, nodes, signal).clamp(min=0.0)
-    spread = _rho(sent, client, means, boot, counts)
-    tails = _tails((sent - means[client]).square().sum(1).to(torch.float64), boot[0])
-    return Law(pilot, basis, rows, part, sent - mean, personal, within, outer, signal, *spread, terrain, tails)
-
-
-def _rho(sent: Tensor, client: Tensor, means: Tensor, boot: Tensor, counts: Tensor) -> tuple[float, float, float]:
-    """rho = mean ||m_i - mbar||^2 / mean tr Cov_i, corrected for the noise of m_i, and 90 % of the bootstrap."""
-    unbias = (counts / (counts - 1).clamp(min=1))[client]
-    own = (sent - means[client]).square().sum(1).to(torch.float64) * unbias
-    found = []
-    for weight in boot:
-        mass = torch.zeros(len(means), dtype=torch.float64).index_add_(0, client, weight)
-        center = (mass.to(means) @ means).unsqueeze(0)
-        far = (mass * (means - center).square().sum(1).to(torch.float64)).sum()
-        near = (weight * own).sum()
-        live = mass > 0
-        noise = (mass[live] * (1 - mass[live]) / counts[live]).sum() * near
-        found.append(float((far - noise).clamp(min=0.0) / near.clamp(min=1e-300)))
-    low, high = torch.quantile(torch.tensor(found), torch.tensor([0.05, 0.95])).tolist()
-    return found[0], low, high
-
-
-def _tails(norms: Tensor, weights: Tensor, groups: int = 8) -> float:
-    """Median of means over mean of the messages' squared norms: far below 1 where tails are heavy."""
-    order = random.permutation(random.key(0), len(norms))
-    norms, mean = (len(norms) * weights * norms)[order], float((weights * norms).sum())
-    part = [norms[g::groups].mean() for g in range(groups)]
-    return float(torch.stack(part).median()) / mean if mean > 0 else 1.0
-
-
 # ---------------------------------------------------------------------------------------------------------- forecasts
 
 
@@ -293,26 +190,28 @@ def forecasts(
     *,
     base: Any,
     target_rounds: int,
-    memory: Callable[[Any], tuple[Any, float] | None] = lambda codec: None,
     factors: tuple[float, ...] = FACTORS,
     key: Key | None = None,
 ) -> list[Forecast]:
     """One forecast a codec, in the order given. base: the codec that ratios and the target refer to (identity).
 
-    target_rounds: the target of the time is what `base` is predicted to reach in so many rounds. memory: codec -> (inner
-    codec, alpha) if it keeps a memory.
+    target_rounds: the target of the time is what `base` is predicted to reach in so many rounds.
     """
     key = random.key(1) if key is None else key
     plain = _forecast(known, "", base, budget, None, factors, key, target_rounds, None)
     assert plain.paired is not None
-    target = _value(known, base, key, target_rounds, factors, memory(base))
+    target = _value(known, base, key, target_rounds, factors)
     found = []
     for name, codec in codecs.items():
         if why := unpredicted(codec, known.pilot.d):
             size = weigh(codec, known.pilot, key)
             found.append(Forecast(name, codec, size, _rounds(known.pilot, budget, size), why=why))
         else:
-            found.append(_forecast(known, name, codec, budget, memory(codec), factors, key, target_rounds, target, plain))
+            found.append(
+                _forecast(
+                    known, name, codec, budget, memory_of(codec, known.pilot.d), factors, key, target_rounds, target, plain
+                )
+            )
     return found
 
 
@@ -361,8 +260,8 @@ def _final(known: Law, field: Field, rounds: int, factors: tuple[float, ...]) ->
     return torch.where(rounds >= lead, later, _early(known.pilot, rounds * speed).expand_as(later))
 
 
-def _value(known: Law, codec: Any, key: Key, rounds: int, factors: tuple[float, ...], memory: Any) -> float:
-    field, _, _ = _noise(known, codec, memory, key)
+def _value(known: Law, codec: Any, key: Key, rounds: int, factors: tuple[float, ...]) -> float:
+    field, _, _ = _noise(known, codec, memory_of(codec, known.pilot.d), key)
     return float(_final(known, field, rounds, factors)[0].min())
 
 
