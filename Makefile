@@ -10,7 +10,7 @@ help:  ## this list
 
 setup: $(READY)  ## make .venv with the pinned packages
 
-$(READY): constraints.txt pyproject.toml Makefile
+$(READY): constraints.txt pyproject.toml setup.py Makefile $(wildcard src/taciturn/core/native/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

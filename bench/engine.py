@@ -140,7 +140,12 @@ class Bench:
         built = Work(task, self.split, work.solver, self.method.codec)
         name = "sequential" if path == SINGLE else "stacked"
         self.engine, self.path = build(name, built, self.method, random.key(0), workers=workers)
-        self.sizes, self.server, self.steps, self.seconds = task.train.sizes, start(self.split.x0, self.method), 0, []
+        self.sizes, self.server, self.steps, self.seconds = (
+            task.train.sizes,
+            start(self.split.x0, task.train.sizes, self.method),
+            0,
+            [],
+        )
         self.start_seconds = time.perf_counter() - began
 
     def round(self) -> None:

@@ -17,7 +17,7 @@ def drive(task, method, engine="sequential", rounds=5, block=None, seed=0, **fau
     key = random.key(seed)
     runner, path = build(engine, work, method, key, block=block, **faults)
     assert engine in ("auto", path.name), path
-    server, stats, traffic = start(split.x0, method), [], []
+    server, stats, traffic = start(split.x0, task.train.sizes, method), [], []
     sizes = task.train.sizes
     for r in range(rounds):
         round_key = random.fold(key, "round", r)

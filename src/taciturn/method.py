@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from taciturn.aggregation import weighted
-from taciturn.codecs import identity
+from taciturn.aggregation import running, weighted
+from taciturn.codecs import difference, identity
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import MethodError, require
 from taciturn.core.types import (
@@ -22,11 +22,26 @@ from taciturn.core.types import (
     Solver,
     SyncRule,
 )
+from taciturn.core.vector import Layout
 from taciturn.participation import all as everyone
 from taciturn.partition import full
 from taciturn.server import sgd as server_sgd
 from taciturn.solvers import sgd
 from taciturn.sync import every
+
+_PROBE = Layout(("probe",), ((8, 8),))
+
+
+def _check_running(codec: Codec, aggregator: Aggregator) -> None:
+    """A memory that the server keeps as one mean needs the aggregator that keeps it, at the same rate."""
+    mean = isinstance(codec, difference) and codec.memory == "mean"
+    if mean != isinstance(aggregator, running):
+        raise MethodError(
+            'method: codec = difference(.., memory = "mean") and aggregator = running are the two halves of one memory; '
+            f"got codec = {type(codec).__name__} and aggregator = {type(aggregator).__name__}"
+        )
+    if isinstance(codec, difference) and isinstance(aggregator, running) and codec.alpha != aggregator.alpha:
+        raise MethodError(f"method: codec.alpha = {codec.alpha} and aggregator.alpha = {aggregator.alpha} must be equal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +72,12 @@ class Method:
                 'method.broadcast: of = "change" with a lossless codec costs what of = "model" costs and needs a log; '
                 'use of = "model"'
             )
+        if self.broadcast.codec.init(_PROBE) != ({}, {}):
+            raise MethodError(
+                f"method.broadcast: {type(self.broadcast.codec).__name__} keeps a memory for one receiver, and a broadcast "
+                'has many; of = "change" with the codec inside it is the memory of the way down'
+            )
+        _check_running(self.codec, self.aggregator)
 
     def replace(self, **parts: Any) -> Method:
         """The same method with some parts changed."""

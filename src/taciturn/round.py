@@ -30,6 +30,12 @@ class ServerState:
     sync: State
     cast: Cast | None = None
 
+    @property
+    def model(self) -> Vector:
+        """What is evaluated and kept [d]: x, or the average where the server optimizer keeps one."""
+        average: Vector | None = self.opt.get("average")
+        return self.x if average is None else average.to(self.x.dtype)
+
 
 @dataclass(frozen=True)
 class RoundStats:
@@ -43,9 +49,9 @@ class RoundStats:
     left_out: dict[int, str] = field(default_factory=dict)
 
 
-def start(x0: Vector, method: Method) -> ServerState:
-    """The server before the first round."""
-    return ServerState(0, x0, method.server.init(x0), method.aggregator.init(x0), method.sync.init())
+def start(x0: Vector, sizes: Tensor, method: Method) -> ServerState:
+    """The server before the first round. sizes [N]: samples of every client."""
+    return ServerState(0, x0, method.server.init(x0), method.aggregator.init(x0, sizes), method.sync.init())
 
 
 def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method) -> tuple[Plan, int]:

@@ -109,7 +109,15 @@ def test_personal_parameters_are_in_no_message(shared_task):
     engine, _ = build("loopback", Work(shared_task, split, method.solver, method.codec), method, random.key(0))
     engine.post.carrier.tap = seen.append
     ids = torch.arange(8)
-    fed_round(start(split.x0, method), ids, shared_task.train.sizes, method, engine, split.layout, random.key(1))
+    fed_round(
+        start(split.x0, shared_task.train.sizes, method),
+        ids,
+        shared_task.train.sizes,
+        method,
+        engine,
+        split.layout,
+        random.key(1),
+    )
     wire = b"".join(seen)
     assert split.x0.numpy().tobytes()[:64] in wire, "the tap sees the shared model"
     for v in engine.store.export()["rows"]["v"]:

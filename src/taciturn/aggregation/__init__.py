@@ -1,5 +1,6 @@
 """Many -> one. Every exported name is a part that can stand in `[method.aggregator]`."""
 
 from taciturn.aggregation.mean import mean, weighted
+from taciturn.aggregation.running import running
 
-__all__ = ["mean", "weighted"]
+__all__ = ["mean", "running", "weighted"]

@@ -16,6 +16,21 @@ from taciturn.core.types import Block, Change
 from taciturn.core.vector import Vector
 
 Sum = tuple[Tensor, Tensor]  # (sum of w_i u_i [d], sum of w_i []), float64
+Weights = Literal["clients", "samples"]
+
+
+def weights_of(weights: Weights, sizes: Tensor) -> Tensor:
+    """[M] samples -> [M] float32: ones ("clients"), or the samples themselves."""
+    return torch.ones_like(sizes, dtype=torch.float32) if weights == "clients" else sizes.to(torch.float32)
+
+
+def summed(acc: Sum, block: Block) -> Sum:
+    """The sum with one more block: acc + w [m] @ updates [m, d]."""
+    total, weight = acc
+    weights = block.weights.to(torch.float64)
+    if len(block.updates) == 1:  # no rounding beyond float64: the order of the clients hardly matters
+        return torch.add(total, block.updates[0], alpha=float(weights[0])), weight + weights[0]
+    return total + block.sum(), weight + weights.sum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +42,13 @@ class mean:
     """
 
     linear: ClassVar[bool] = True
-    weights: Literal["clients", "samples"] = "clients"
+    weights: Weights = "clients"
 
     def weigh(self, sizes: Tensor) -> Tensor:
         """[M] samples -> [M] weights."""
-        return torch.ones_like(sizes, dtype=torch.float32) if self.weights == "clients" else sizes.to(torch.float32)
+        return weights_of(self.weights, sizes)
 
-    def init(self, x: Vector) -> State:
+    def init(self, x: Vector, sizes: Tensor) -> State:
         """No state."""
         return {}
 
@@ -42,12 +57,8 @@ class mean:
         return torch.zeros_like(x, dtype=torch.float64), torch.zeros((), dtype=torch.float64, device=x.device)
 
     def add(self, acc: Sum, block: Block) -> Sum:
-        """The sum with one more block: acc + w [m] @ updates [m, d]."""
-        total, weight = acc
-        weights = block.weights.to(torch.float64)
-        if len(block.updates) == 1:  # no rounding beyond float64: the order of the clients hardly matters
-            return torch.add(total, block.updates[0], alpha=float(weights[0])), weight + weights[0]
-        return total + block.sum(), weight + weights.sum()
+        """The sum with one more block."""
+        return summed(acc, block)
 
     def finish(self, acc: Sum) -> tuple[Change, State]:
         """sum / weight -> update [d] float64."""

@@ -27,7 +27,16 @@ class cast:
     """
 
     lossy: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = False
     dtype: Literal["float16", "bfloat16"] = "float16"
+
+    def message_bits(self, d: int) -> float:
+        """16 d."""
+        return 16.0 * d
+
+    def omega(self, d: int) -> float:
+        """1, when all values underflow or saturate; 2^-22 (float16), 2^-16 (bfloat16) for normal values."""
+        return 1.0
 
     def init(self, layout: Layout) -> tuple[State, State]:
         """No state on either side."""

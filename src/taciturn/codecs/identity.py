@@ -16,9 +16,22 @@ from taciturn.core.vector import Layout, Vector
 
 @dataclass(frozen=True, slots=True)
 class identity:
-    """C(u) = u. 4 d bytes in float32. Stateless and lossless."""
+    """C(u) = u. 4 d bytes in float32. Stateless, lossless, omega = 0."""
 
     lossy: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = True
+
+    def message_bits(self, d: int) -> float:
+        """32 d."""
+        return 32.0 * d
+
+    def omega(self, d: int) -> float:
+        """0."""
+        return 0.0
+
+    def linear_map(self, d: int) -> tuple[float, float, float]:
+        """C(u)C(u)' = uu'."""
+        return 1.0, 0.0, 0.0
 
     def init(self, layout: Layout) -> tuple[State, State]:
         """No state on either side."""

@@ -16,30 +16,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from taciturn.core import eager, kernel
+
 Key = Tensor
-
-
-def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that holds it."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_STREAM = _signed(0xD1B54A32D192ED03)  # keeps the draws of a key apart from its children
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
-
-
-def _shift(x: Tensor, n: int) -> Tensor:
-    """Logical right shift of int64 by n bits."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
+_FEW = 4096  # words of a key that torch makes faster than the call of a kernel takes
 
 
 def key(seed: int, device: torch.device | str = "cpu") -> Key:
@@ -48,7 +28,7 @@ def key(seed: int, device: torch.device | str = "cpu") -> Key:
     >>> int(key(0)) == int(key(0)), int(key(0)) == int(key(1))
     (True, False)
     """
-    return _mix(torch.tensor(_signed(seed), dtype=torch.int64, device=device) + _GOLDEN)
+    return eager.mix(torch.tensor(eager.signed(seed), dtype=torch.int64, device=device) + eager.GOLDEN)
 
 
 def fold(key: Key, *parts: int | str | Tensor) -> Key:
@@ -59,21 +39,20 @@ def fold(key: Key, *parts: int | str | Tensor) -> Key:
     for part in parts:
         if isinstance(part, str):
             part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "big", signed=True)
-        part = _signed(part * _GOLDEN) if isinstance(part, int) else part.to(torch.int64) * _GOLDEN
-        key = _mix((key ^ part) + _GOLDEN)
+        part = eager.signed(part * eager.GOLDEN) if isinstance(part, int) else part.to(torch.int64) * eager.GOLDEN
+        key = eager.mix((key ^ part) + eager.GOLDEN)
     return key
 
 
 def bits(key: Key, n: int) -> Tensor:
     """n words of 64 random bits for each key: [..] -> [.., n] int64."""
-    counter = torch.arange(1, n + 1, dtype=torch.int64, device=key.device) * _GOLDEN
-    return _mix((key ^ _STREAM).unsqueeze(-1) + counter)
+    return eager.words(key, n) if n < _FEW else kernel.words(key, n)
 
 
 def uniform(key: Key, *shape: int) -> Tensor:
     """Uniform draws in [0, 1) with 24 bits: [] -> [*shape] float32."""
     words = bits(key, math.prod(shape))
-    return (_shift(words, 40).to(torch.float32) * 2.0**-24).reshape((*key.shape, *shape))
+    return (eager.shift(words, 40).to(torch.float32) * 2.0**-24).reshape((*key.shape, *shape))
 
 
 def normal(key: Key, *shape: int) -> Tensor:
@@ -89,7 +68,7 @@ def permutation(key: Key, n: int, size: Tensor | None = None) -> Tensor:
 
     With `size` ([..] int64), the first `size` places hold a random order of 0..size-1 that does not depend on n.
     """
-    words = _shift(bits(key, n), 1)
+    words = eager.shift(bits(key, n), 1)
     if size is not None:
         beyond = torch.arange(n, device=key.device) >= size.unsqueeze(-1)
         words = words.masked_fill(beyond, (1 << 63) - 1)
@@ -122,7 +101,7 @@ def choice(key: Key, n: int, count: int) -> Tensor:
     taken: dict[int, None] = {}
     stream = 0
     while len(taken) < count:
-        for word in _shift(bits(fold(key, stream), 2 * count), 1).tolist():
+        for word in eager.shift(bits(fold(key, stream), 2 * count), 1).tolist():
             if len(taken) == count:
                 break
             taken.setdefault(word % n)

@@ -131,11 +131,28 @@ class Partition(Protocol):
 
 
 class Codec(Protocol):
-    """HOW a vector is encoded. `tx` is state of the sender, `rx` of the receiver."""
+    """HOW a vector is encoded: C(u) = decode(encode(u)). `tx` is state of the sender, `rx` of the receiver.
+
+    Where theory knows more, a codec also has `linear_map(d) -> (a, b, c) | None`, with E[C(u)C(u)'] = a uu' + b Diag(u^2)
+    + c |u|^2 I for every u, or `variance(u [.., d]) -> [.., d]`, the diagonal of a covariance of C(u) that is diagonal.
+    """
 
     @property
     def lossy(self) -> bool:
         """True if decode(encode(u)) may differ from u."""
+        ...
+
+    @property
+    def unbiased(self) -> bool:
+        """True if E C(u) = u for every u, over the key."""
+        ...
+
+    def message_bits(self, d: int) -> float:
+        """Bits of the body of a message, for one tensor of d values; expected, where they are random."""
+        ...
+
+    def omega(self, d: int) -> float:
+        """A bound: E|C(u) - u|^2 <= omega |u|^2 for one tensor of d values; infinite if there is none."""
         ...
 
     def init(self, layout: Layout) -> tuple[State, State]:
@@ -222,8 +239,8 @@ class Aggregator(Protocol):
         """Samples of each client [M] -> its weight [M] (any scale)."""
         ...
 
-    def init(self, x: Vector) -> State:
-        """The server's state of the aggregate (a running mean)."""
+    def init(self, x: Vector, sizes: Tensor) -> State:
+        """The server's state of the aggregate (a running mean). sizes [N]: samples of every client there is."""
         ...
 
     def start(self, state: State, x: Vector) -> Any:
@@ -240,7 +257,7 @@ class Aggregator(Protocol):
 
 
 class ServerOptimizer(Protocol):
-    """FedOpt: x <- step(x, -update)."""
+    """FedOpt: x <- step(x, -update). State named "average" [d], if there is any, is the model to evaluate and to keep."""
 
     def init(self, x: Vector) -> State: ...
 

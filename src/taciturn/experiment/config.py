@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from taciturn import aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, TaciturnError, unknown
+from taciturn.core.types import Codec
 from taciturn.experiment.experiment import Experiment, StopAt
 from taciturn.method import Method
 from taciturn.solvers import schedules
@@ -78,7 +79,9 @@ def to_table(experiment: Experiment) -> dict[str, Any]:
 
 def _plain(kind: str, value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        table = {f.name: _plain(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        hints = fields_of(type(value))
+        fields = (f.name for f in dataclasses.fields(value) if f.init)
+        table = {name: _plain(_kind(name, hints[name]), getattr(value, name)) for name in fields}
         table = {name: item for name, item in table.items() if item is not None}
         if kind in RECORDS:
             return table
@@ -123,6 +126,11 @@ def from_table(table: Mapping[str, Any]) -> Experiment:
     return experiment
 
 
+def _kind(name: str, hint: Any) -> str:
+    """The table of parts that a field takes its value from: that of its name, or `codec` for any other field of codecs."""
+    return "codec" if hint is Codec else name
+
+
 def _example(kind: str) -> str:
     return {"data": "digits", "model": "mlp"}[kind]
 
@@ -150,10 +158,11 @@ def _call(part: Part, known: Mapping[str, Any], table: Mapping[str, Any], path: 
         place = f"{path}.{name}" if path else name
         if name not in known:
             raise unknown("field", name, known, path)
+        kind = _kind(name, known[name])
         if name in RECORDS and isinstance(value, Mapping):
             arguments[name] = _call(RECORDS[name], fields_of(RECORDS[name]), value, place)
-        elif name in PARTS:
-            arguments[name] = build_part(name, value, place)
+        elif kind in PARTS:
+            arguments[name] = build_part(kind, value, place)
         else:
             arguments[name] = _value(known[name], value, place)
     try:

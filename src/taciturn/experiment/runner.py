@@ -85,7 +85,7 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
             f"the run began on the path {header['engine']['path']!r} and this machine takes {path.path!r} ({path.why}); "
             f"resume it with torch {header['versions']['torch']}, or start anew"
         )
-    run = _Run(experiment, task, work, engine, path, key, start(split.x0, method), [])
+    run = _Run(experiment, task, work, engine, path, key, start(split.x0, task.train.sizes, method), [])
     if run.from_clients:
         _evaluated_ids(run)  # an error now is better than one after training
     return run
@@ -222,9 +222,14 @@ def _evaluated_ids(run: _Run) -> Tensor:
 
 
 def _cast(run: _Run) -> Cast:
-    """The model as it would be broadcast now; the next round sends this very cast."""
+    """The model as it would be broadcast now; the next round sends this very cast, unless an average is evaluated."""
     server, key = run.server, random.fold(random.fold(run.key, "round", run.server.round), "broadcast")
-    cast = run.experiment.method.broadcast.publish(server.x, server.round, server.cast, run.work.split.layout, key)
+    broadcast, layout = run.experiment.method.broadcast, run.work.split.layout
+    if server.model is not server.x:
+        cast = broadcast.publish(server.model, server.round, None, layout, key)
+        version = server.cast.version + 1 if server.cast else 0  # newer than what any client holds
+        return replace(cast, version=version, log=tuple((version, payload) for _, payload in cast.log))
+    cast = broadcast.publish(server.x, server.round, server.cast, layout, key)
     run.server = replace(server, cast=cast)
     return cast
 
@@ -249,13 +254,13 @@ def _evaluate_central(run: _Run) -> dict[str, float]:
     """Metrics of the server's model on the server's test set."""
     central, split = run.task.data.central, run.work.split
     assert central is not None
-    views = split.layout.views(run.server.x), split.personal.views(split.v0), split.buffers.views(split.b0)
-    params = run.work.params({"x": run.server.x}, *views)
+    x = run.server.model
+    params = run.work.params({"x": x}, split.layout.views(x), split.personal.views(split.v0), split.buffers.views(split.b0))
     zero = torch.zeros(1, dtype=torch.int64)
     total: dict[str, float] = {}
     for part in torch.split(torch.arange(int(central.sizes[0])), 1024):
         batch: Payload = {name: t[0] for name, t in central.fetch(zero, part.unsqueeze(0)).items()}
-        batch["mask"] = torch.ones(len(part), dtype=torch.bool, device=run.server.x.device)
+        batch["mask"] = torch.ones(len(part), dtype=torch.bool, device=x.device)
         for name, value in run.task.measure(params, batch).items():
             total[name] = total.get(name, 0.0) + float(value)
     return run.task.pool(total)
@@ -377,12 +382,12 @@ def _restore(run: _Run, folder: RunFolder) -> None:
 
 
 def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None) -> Result:
-    split = run.work.split
+    split, x = run.work.split, run.server.model
     names = run.task.train.names
 
     def tensors(v: Tensor, b: Tensor) -> dict[str, Tensor]:
-        views = split.layout.views(run.server.x), split.personal.views(v), split.buffers.views(b)
-        return {**run.task.model.state_dict(), **run.work.params({"x": run.server.x}, *views)}
+        views = split.layout.views(x), split.personal.views(v), split.buffers.views(b)
+        return {**run.task.model.state_dict(), **run.work.params({"x": x}, *views)}
 
     def client(name: str) -> dict[str, Tensor]:
         if name not in names:

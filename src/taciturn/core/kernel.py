@@ -1,0 +1,273 @@
+"""The door to the compiled kernels: what codecs and random draws spend their time on, in C where it was built.
+
+C and torch give the same bits, so which of them ran is nobody's business: a run goes on where the other began. The C
+library is built when the package is installed; without a compiler, on another device than the CPU, or with
+TACITURN_KERNELS=torch in the environment, the twins in `core/eager.py` do the work. Every function takes any leading axes
+[..], and is an operator of torch, so that it runs under `torch.vmap` as one call over all rows.
+
+Symbols: d values of a vector u; key [..] int64; word i: the i-th draw of the key (random.bits); runs: (count, size, count,
+size ..) of equal segments that lie one after the other, d values in all; S segments; q symbols, radix = q - 1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taciturn.core import eager
+from taciturn.core.errors import WireError
+
+NORMS = ("max", "l2", "mean")
+_forced: list[None] = []
+
+
+@cache
+def _load() -> ctypes.CDLL | None:
+    for path in sorted(Path(__file__).parent.glob("_native*.so")):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    return None
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they were not built or are not wanted."""
+    return None if _forced or os.environ.get("TACITURN_KERNELS") == "torch" else _load()
+
+
+@contextmanager
+def without_library() -> Iterator[None]:
+    """Inside, everything runs on torch alone."""
+    _forced.append(None)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _native(*tensors: Tensor) -> ctypes.CDLL | None:
+    return library() if all(tensor.device.type == "cpu" for tensor in tensors) else None
+
+
+# ------------------------------------------------------------------------------------------------------- operators
+
+
+def _batched(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Every function takes leading axes, so a mapped axis is one more of them."""
+    moved = []
+    for dim, value in zip(in_dims, arguments, strict=True):
+        if isinstance(value, Tensor):
+            value = value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
+        moved.append(value)
+    found = op(*moved)
+    return found, tuple(0 for _ in found) if isinstance(found, tuple) else 0
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = f"taciturn::{function.__name__.lstrip('_')}"
+        op = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+        op.register_vmap(partial(_batched, op))
+        return op
+
+    return define
+
+
+def _rows(tensor: Tensor, axes: int) -> list[Tensor]:
+    """The tensor's rows of `axes` axes, contiguous."""
+    flat = tensor.contiguous().reshape(-1, *tensor.shape[tensor.dim() - axes :])
+    return list(flat.unbind(0))
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _i64(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+def _runs(runs: Sequence[int]) -> tuple[Any, ctypes.c_int64]:
+    return (ctypes.c_int64 * len(runs))(*runs), _i64(len(runs) // 2)
+
+
+def _lead(tensor: Tensor, axes: int) -> tuple[int, ...]:
+    return tuple(tensor.shape[: tensor.dim() - axes])
+
+
+# ------------------------------------------------------------------------------------------------------------- hash
+
+
+@_operator("(Tensor key, int n) -> Tensor")
+def words(key: Tensor, n: int) -> Tensor:
+    """n words of 64 random bits for each key: [..] -> [.., n] int64."""
+    native = _native(key)
+    if native is None:
+        return eager.words(key, n)
+    out = torch.empty(*key.shape, n, dtype=torch.int64)
+    for k, row in zip(key.reshape(-1).tolist(), _views(out, 1), strict=True):
+        native.tc_words(_i64(k), _i64(n), _at(row))
+    return out
+
+
+def _views(out: Tensor, axes: int) -> list[Tensor]:
+    """Rows of a tensor that was just made, to write to."""
+    return list(out.view(-1, *out.shape[out.dim() - axes :]).unbind(0))
+
+
+# --------------------------------------------------------------------------------------------------------- quantize
+
+
+@_operator("(Tensor u, Tensor key, Tensor radix, int[] runs, str norm, bool nearest) -> (Tensor, Tensor)")
+def quantize(u: Tensor, key: Tensor, radix: Tensor, runs: Sequence[int], norm: str, nearest: bool) -> tuple[Tensor, Tensor]:
+    """u [.., d] float32, radix [..] uint8 -> codes [.., d] uint8 of 0..radix, steps [.., S] float32.
+
+    step = norm of the segment / h, h = radix / 2; the code of a value v is one of the two neighbors of v / step + h, the
+    upper one with the probability of the remainder (24 random bits), or the nearest. Not finite: step NaN.
+    """
+    native = _native(u)
+    if native is None:
+        return eager.quantize(u, key, radix, runs, norm, nearest)
+    codes = torch.empty(u.shape, dtype=torch.uint8)
+    steps = torch.empty(*_lead(u, 1), sum(runs[::2]))
+    listed, count = _runs(runs)
+    rows = zip(
+        _rows(u, 1), key.reshape(-1).tolist(), radix.reshape(-1).tolist(), _views(codes, 1), _views(steps, 1), strict=True
+    )
+    for row, k, top, code, step in rows:
+        options = ctypes.c_int(NORMS.index(norm)), ctypes.c_int(nearest)
+        native.tc_quantize(_at(row), _i64(k), ctypes.c_int(top + 1), listed, count, *options, _at(code), _at(step))
+    return codes, steps
+
+
+@_operator("(Tensor codes, Tensor steps, Tensor radix, int[] runs) -> Tensor")
+def dequantize(codes: Tensor, steps: Tensor, radix: Tensor, runs: Sequence[int]) -> Tensor:
+    """(codes - radix / 2) * step: [.., d] uint8, [.., S], [..] -> [.., d] float32."""
+    native = _native(codes)
+    if native is None:
+        return eager.dequantize(codes, steps, radix, runs)
+    out = torch.empty(codes.shape, dtype=torch.float32)
+    listed, count = _runs(runs)
+    rows = zip(_rows(codes, 1), _rows(steps, 1), radix.reshape(-1).tolist(), _views(out, 1), strict=True)
+    for code, step, top, row in rows:
+        native.tc_dequantize(_at(code), _at(step), ctypes.c_int(top + 1), listed, count, _at(row))
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- select
+
+
+@_operator("(Tensor key, int d, int k) -> Tensor")
+def threshold(key: Tensor, d: int, k: int) -> Tensor:
+    """The k-th smallest of the first d words of a key, without their last bit: [..] -> [..] int64."""
+    native = _native(key)
+    if native is None:
+        return eager.threshold(key, d, k)
+    native.tc_threshold.restype = ctypes.c_int64
+    found = [native.tc_threshold(_i64(one), _i64(d), _i64(k)) for one in key.reshape(-1).tolist()]
+    return torch.tensor(found, dtype=torch.int64).reshape(key.shape)
+
+
+@_operator("(Tensor u, Tensor key, Tensor threshold, float scale, int room) -> (Tensor, Tensor)")
+def keep(u: Tensor, key: Tensor, threshold: Tensor, scale: float, room: int) -> tuple[Tensor, Tensor]:
+    """u_i * scale where word i >> 1 <= threshold, one after the other: [.., d] -> [.., room], how many [..] int32.
+
+    A vector that is not finite gives `room` times NaN.
+    """
+    native = _native(u)
+    if native is None:
+        return eager.keep(u, key, threshold, scale, room)
+    out, counts = torch.empty(*_lead(u, 1), room), []
+    native.tc_keep.restype = ctypes.c_int64
+    rows = zip(_rows(u, 1), key.reshape(-1).tolist(), threshold.reshape(-1).tolist(), _views(out, 1), strict=True)
+    for row, k, edge, kept in rows:
+        arguments = _at(row), _i64(len(row)), _i64(k), _i64(edge), ctypes.c_float(scale), _at(kept), _i64(room)
+        counts.append(native.tc_keep(*arguments))
+    return out, torch.tensor(counts, dtype=torch.int32).reshape(_lead(u, 1))
+
+
+@_operator("(Tensor values, Tensor key, Tensor threshold, Tensor count, int d) -> Tensor")
+def spread(values: Tensor, key: Tensor, threshold: Tensor, count: Tensor, d: int) -> Tensor:
+    """The inverse of `keep`, zeros elsewhere: [.., room], count [..] of them sent -> [.., d]. All d sent: they themselves.
+
+    Errors: `WireError` if more or fewer were sent than there are places.
+    """
+    out = torch.empty(*_lead(values, 1), d, device=values.device)
+    rows = zip(*(t.reshape(-1).tolist() for t in (key, threshold, count)), _rows(values, 1), _views(out, 1), strict=True)
+    for k, edge, sent, kept, row in rows:
+        if sent == d == len(kept):
+            row.copy_(kept)
+        elif (places := _spread(kept, k, edge, row)) != sent:
+            raise WireError(f"{sent} values; the seed of this message says {places}")
+    return out
+
+
+def _spread(kept: Tensor, key: int, threshold: int, out: Tensor) -> int:
+    native = _native(kept)
+    if native is None:
+        return eager.spread(kept, key, threshold, out)
+    native.tc_spread.restype = ctypes.c_int64
+    found = native.tc_spread(_at(kept), _i64(len(kept)), _i64(key), _i64(threshold), _at(out), _i64(len(out)))
+    return int(found)
+
+
+@_operator("(Tensor u, int k) -> (Tensor, Tensor)")
+def largest(u: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k values of largest magnitude (of equals those that come first) in the order of their places; NaN is largest.
+
+    u [.., d] -> values [.., k], places [.., k] int64, rising.
+    """
+    native = _native(u)
+    if native is None:
+        return eager.largest(u, k)
+    values, places = torch.empty(*_lead(u, 1), k), torch.empty(*_lead(u, 1), k, dtype=torch.int64)
+    for row, value, place in zip(_rows(u, 1), _views(values, 1), _views(places, 1), strict=True):
+        native.tc_largest(_at(row), _i64(len(row)), _i64(k), _at(value), _at(place))
+    return values, places
+
+
+@_operator("(Tensor values, Tensor places, int d) -> Tensor")
+def put(values: Tensor, places: Tensor, d: int) -> Tensor:
+    """values [.., k] at places [.., k] of zeros [.., d]. Errors: `WireError` for places not there or not rising."""
+    if places.numel() and (int(places.min()) < 0 or int(places.max()) >= d):
+        raise WireError(f"indices from {int(places.min())} to {int(places.max())}; the vector has {d} values")
+    if places.shape[-1] > 1 and not bool((places.diff() > 0).all()):
+        raise WireError("indices that do not rise: each place of the vector is named at most once, in order")
+    return values.new_zeros(*_lead(values, 1), d).scatter(-1, places, values)
+
+
+# ----------------------------------------------------------------------------------------------------------- rotate
+
+
+@_operator("(Tensor u, Tensor key, int block, bool inverse) -> Tensor")
+def rotate(u: Tensor, key: Tensor, block: int, inverse: bool) -> Tensor:
+    """H diag(s) u with random signs s and the normalized Walsh-Hadamard transform H, or its inverse: [.., d] -> [.., d].
+
+    Over blocks of powers of two: as many of `block` as fit, then the binary digits of what is left, so nothing is padded.
+    """
+    native = _native(u)
+    if native is None:
+        return eager.rotate(u, key, block, inverse)
+    out = torch.empty(u.shape, dtype=torch.float32)
+    for row, k, rotated in zip(_rows(u, 1), key.reshape(-1).tolist(), _views(out, 1), strict=True):
+        native.tc_rotate(_at(row), _i64(len(row)), _i64(k), _i64(block), ctypes.c_int(inverse), _at(rotated))
+    return out
+
+
+def fraction(p: float) -> int:
+    """The threshold that a word passes with probability p: p 2^63 - 1.
+
+    >>> fraction(1.0) == 2**63 - 1
+    True
+    """
+    return max(-1, min(math.floor(p * 2.0**63), 1 << 63) - 1)
