@@ -17,8 +17,8 @@ from taciturn.tasks.task import Task
 
 def test_messages_have_the_law_of_minibatch_gradients():
     task, x = least_squares(d=5, clients=4, samples=60)
-    p = run_pilot(experiment(task, lr=0.05, batch=6), rounds=3, messages=2000)
-    assert p.messages.shape == (2000, 5) and p.gamma == 0.05 and p.steps == 1 and p.cohort == 4 and p.share == 1
+    p = run_pilot(experiment(task, lr=0.05, batch=6), rounds=3, messages=800)
+    assert p.messages.shape == (800, 5) and p.gamma == 0.05 and p.steps == 1 and p.cohort == 4 and p.share == 1
     y = task.data.train.fields["target"].view(4, 60)
     error = (x @ p.x) - y
     gradients = 2 * error.unsqueeze(-1) * x  # [4, 60, 5]
@@ -85,4 +85,4 @@ def test_errors(monkeypatch):
 def test_whole_epochs():
     task, _ = least_squares()
     p = run_pilot(experiment(task, sync=sync.every(epochs=1)), rounds=1, messages=30)
-    assert p.steps == 25 and torch.isfinite(p.messages).all()
+    assert p.steps == pytest.approx(25) and torch.isfinite(p.messages).all()

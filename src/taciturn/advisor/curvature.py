@@ -15,6 +15,7 @@ A diagonal approximation of H is never used: it cannot tell sparsification, rand
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -146,7 +147,8 @@ class Curvature:
 
 def _guarded(fn: Callable[[Any], Any], argument: Any) -> Any:
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when forward derivatives are first used
             return fn(argument)
     except (RuntimeError, NotImplementedError) as error:
         raise ModelError(

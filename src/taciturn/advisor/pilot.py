@@ -110,7 +110,7 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     rounds = max(2, min(10, experiment.rounds // 4)) if rounds is None else rounds
     require(rounds >= 1, f"--pilot: at least 1 round; got {rounds}")
     began = time.perf_counter()
-    run = prepare(experiment.replace(method=experiment.method.replace(codec=identity())))
+    run = prepare(experiment.replace(method=experiment.method.replace(codec=identity()), evaluate_on="train"))
     work, sizes, method, key = run.work, run.task.train.sizes, run.experiment.method, run.key
     ids = _sampled(len(sizes), random.fold(key, "pilot"))
     draws = _draws(work.split.layout.d, len(ids), messages)
@@ -121,7 +121,7 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     curvature = _curvature(work, server.x, ids, weights[ids], random.fold(key, "curvature"))
     curve = torch.tensor([replace(curvature, x=x).loss() for x in path], dtype=torch.float64)
     plan, _ = plan_round(server.round, ids, sizes[ids], method)
-    share = weights[ids] / weights[ids].sum()
+    share = weights[ids].to(torch.float64) / weights[ids].to(torch.float64).sum()
     steps = float((plan.limit * share).sum())
     gamma, note = _step_size(method, plan.lr_scale, sent.mean(0), curvature, steps)
     effective = float(weights.sum() ** 2 / weights.square().sum()) * cohort / len(sizes)
@@ -129,7 +129,7 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     cost |= {"seconds": time.perf_counter() - began}
     decay = float(getattr(method.solver, "weight_decay", 0.0))
     return Pilot(
-        server.x, sent, client, share.to(torch.float64), curve, curvature, steps, gamma, note, decay, effective,
+        server.x, sent, client, share, curve, curvature, steps, gamma, note, decay, effective,
         cohort / len(sizes), cohort, down, seconds, cost,
     )  # fmt: skip
 

@@ -155,13 +155,15 @@ def _said(codec: Any, u: Tensor, pilot: Pilot) -> list[Tensor]:
     return [said, codec.variance(u)] if len(parts) > 1 else [said]
 
 
-def unpredicted(codec: Any, d: int) -> str:
+def unpredicted(codec: Any, pilot: Pilot, key: Key) -> str:
     """Why nothing is predicted of a codec, or ""."""
-    if not codec.lossy or getattr(codec, "unbiased", False):
+    if not codec.lossy or codec.unbiased:
         return ""
-    if codec.omega(d) <= NEGLIGIBLE:
+    picked = pilot.messages[evenly(len(pilot.messages), WEIGHED)]
+    lost = float(residuals(codec, picked, pilot, key).square().sum() / picked.square().sum().clamp(min=1e-30))
+    if lost <= NEGLIGIBLE:
         return ""
-    return "biased: its error does not average out, so no covariance predicts it; measure it with a run"
+    return f"biased: what it loses ({100 * lost:.2g} % of a message) does not average out; measure it with a run"
 
 
 def memory_of(codec: Any, d: int) -> tuple[Any, float] | None:
@@ -203,7 +205,7 @@ def forecasts(
     target = _value(known, base, key, target_rounds, factors)
     found = []
     for name, codec in codecs.items():
-        if why := unpredicted(codec, known.pilot.d):
+        if why := unpredicted(codec, known.pilot, key):
             size = weigh(codec, known.pilot, key)
             found.append(Forecast(name, codec, size, _rounds(known.pilot, budget, size), why=why))
         else:
