@@ -1,6 +1,6 @@
 """The advisor against what happens: its ranking of codecs at equal bytes, and the ranking that training finds.
 
-Four kinds of task, each with clients alike (iid) and unlike (skew): least squares (d = 64, rotated, lambda_i = 1/i; unlike:
+Four kinds of task, each with clients alike (iid) and unlike (skew): least squares (d = 128, rotated, lambda_i = 1/i; unlike:
 each client its own optimum), logistic regression, an MLP and a small CNN on digits (unlike: Dirichlet(0.3) labels; the
 networks do several local steps). Ten clients, all in every round, server sgd. Every codec trains until its messages have
 cost what uncompressed training sends in ROUNDS rounds.
@@ -36,15 +36,15 @@ from torch import nn
 import taciturn
 from bench.common import finish
 from taciturn import Method, server, solvers, sync
-from taciturn.advisor import Budget, candidates, forecasts, law_of, order, run_pilot, tie
+from taciturn.advisor import Budget, candidates, forecasts, law_of, order, run_pilot, tie, weigh
 from taciturn.codecs import identity
 from taciturn.core import random
 from taciturn.tasks.data.clients import Federation, TableClients
 from taciturn.tasks.models import cnn, linear, mlp
 
-ROUNDS, CLIENTS, TUNING_SEED = 40, 10, 1000
-FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
-D, SAMPLES = 64, 400
+ROUNDS, CLIENTS, TUNING_SEED = 25, 10, 1000
+FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+D, SAMPLES = 128, 400
 
 
 def _least_squares(skew: bool) -> taciturn.Task:
@@ -75,8 +75,8 @@ def _digits(model: Any, skew: bool) -> taciturn.TaskSpec:
 KINDS: dict[str, tuple[Callable[[bool], Any], float, int, int]] = {  # task, lr, local steps, batch size
     "least squares": (_least_squares, 0.1, 1, 16),
     "logistic": (lambda skew: _digits(linear(), skew), 0.5, 1, 16),
-    "MLP": (lambda skew: _digits(mlp(hidden=(16,)), skew), 0.1, 5, 16),
-    "CNN": (lambda skew: _digits(cnn(channels=(4, 8), hidden=16), skew), 0.1, 5, 16),
+    "MLP": (lambda skew: _digits(mlp(hidden=(16,)), skew), 0.1, 3, 16),
+    "CNN": (lambda skew: _digits(cnn(channels=(4, 8), hidden=16), skew), 0.1, 3, 8),
 }
 
 
@@ -117,7 +117,7 @@ def _predict(kind: str, skew: bool) -> dict[str, Any]:
     began = time.perf_counter()
     pilot = run_pilot(_experiment(kind, skew, TUNING_SEED, identity(), 1.0, ROUNDS))
     known = law_of(pilot)
-    budget = Budget(4.0 * pilot.d * CLIENTS * ROUNDS)
+    budget = Budget(weigh(identity(), pilot, random.key(0)) * CLIENTS * ROUNDS)
     rows = forecasts(known, candidates(None), budget, base=identity(), target_rounds=ROUNDS, factors=FACTORS)
     ranked, _ = order(rows, "loss")
     ties = {(a.name, b.name): tie(*((a, b) if a.loss <= b.loss else (b, a)), "loss") for a in rows for b in rows}

@@ -3,7 +3,7 @@
 from taciturn.advisor.advice import Advice, advise, candidates, order, parse_bytes, show, split_list, tie
 from taciturn.advisor.law import law_of
 from taciturn.advisor.pilot import Pilot, run_pilot
-from taciturn.advisor.rank import Budget, Forecast, forecasts
+from taciturn.advisor.rank import Budget, Forecast, forecasts, weigh
 
 __all__ = [
     "Advice",
@@ -20,4 +20,5 @@ __all__ = [
     "show",
     "split_list",
     "tie",
+    "weigh",
 ]

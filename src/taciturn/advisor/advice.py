@@ -21,8 +21,9 @@ from rich.text import Text
 
 from taciturn.advisor.law import Law, law_of
 from taciturn.advisor.pilot import Pilot, run_pilot
-from taciturn.advisor.rank import CONFIDENCE, Budget, Forecast, forecasts, memory_gain
+from taciturn.advisor.rank import CONFIDENCE, Budget, Forecast, forecasts, memory_gain, weigh
 from taciturn.codecs import identity
+from taciturn.core import random
 from taciturn.core.errors import ConfigError, require
 from taciturn.experiment.config import PARTS, build_part, from_table, to_table
 from taciturn.experiment.experiment import Experiment
@@ -183,10 +184,11 @@ def advise(
     chosen = candidates(codecs)
     found = run_pilot(experiment, pilot_rounds)
     known = law_of(found)
-    spent = budget if budget is not None else 4.0 * found.d * found.cohort_clients * experiment.rounds
+    plain = weigh(identity(), found, random.key(0)) * found.cohort_clients
+    spent = budget if budget is not None else plain * experiment.rounds
     limit = Budget(spent, mbit, latency)
     require(
-        spent >= found.cohort_clients * 4 * found.d * (len(found.curve) - 1) / 4,
+        spent >= plain * (len(found.curve) - 1) / 4,
         f"--budget: {spent:.3g} bytes are less than a quarter of what the pilot itself would send up; give more, or fewer "
         "pilot rounds (--pilot)",
     )
@@ -276,9 +278,10 @@ def _reasons(
     ranked: Sequence[Forecast], tied: Sequence[str], known: Law, budget: Budget, memory: str, by: str
 ) -> tuple[str, ...]:
     best, pilot = ranked[0], known.pilot
+    plain = weigh(identity(), pilot, random.key(0))
     said = [
-        f"{best.name} sends {best.bytes:.0f} bytes a message where float32 sends {4 * pilot.d} "
-        f"({4 * pilot.d / best.bytes:.1f} times less), so the budget buys {best.rounds} rounds; its noise is "
+        f"{best.name} sends {best.bytes:.0f} bytes a message where float32 sends {plain:.0f} "
+        f"({plain / best.bytes:.1f} times less), so the budget buys {best.rounds} rounds; its noise is "
         f"{100 * best.noise:.2g} % of what a message then carries, minibatches included."
     ]
     if best.factor != 1.0:

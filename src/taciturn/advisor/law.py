@@ -64,15 +64,17 @@ def _binned(nodes: Tensor, to: Tensor, energies: Tensor) -> Tensor:
     return on_grid(to, nodes.expand(len(flat), -1), flat).reshape(*energies.shape[:-1], len(to))
 
 
-def _bootstrap(client: Tensor, weights: Tensor, key: Key, samples: int = BOOTSTRAP) -> Tensor:
-    """Weights [B, n] of messages: clients with replacement, then messages of each; row 0 is the sample itself."""
+def _bootstrap(client: Tensor, weights: Tensor, whole: bool, key: Key, samples: int = BOOTSTRAP) -> Tensor:
+    """Weights [B, n] of messages: clients with replacement, unless all there are were sampled (`whole`), then messages of
+    each; row 0 is the sample itself.
+    """
     counts = torch.bincount(client, minlength=len(weights)).to(torch.float64)
     base = (weights / counts.clamp(min=1))[client]
     rows = [base]
     for b in range(1, samples):
         own = random.fold(key, "bootstrap", b)
         clients = (random.uniform(random.fold(own, "clients"), len(weights)) * len(weights)).to(torch.int64)
-        times = torch.bincount(clients, minlength=len(weights)).to(torch.float64)
+        times = torch.ones_like(counts) if whole else torch.bincount(clients, minlength=len(weights)).to(torch.float64)
         picks = random.uniform(random.fold(own, "messages"), len(client))
         order = torch.argsort(client, stable=True)  # messages of a client stand together
         starts = torch.cat([torch.zeros(1), counts.cumsum(0)[:-1]]).to(torch.int64)
@@ -88,7 +90,7 @@ def law_of(pilot: Pilot, basis: Basis | None = None, key: Key | None = None) -> 
     key = random.key(0) if key is None else key
     basis = spectrum(pilot.curvature, random.fold(key, "spectrum")) if basis is None else basis
     sent, client, weights = pilot.messages.to(torch.float32), pilot.client, pilot.weights
-    boot = _bootstrap(client, weights, key)
+    boot = _bootstrap(client, weights, pilot.whole, key)
     counts = torch.bincount(client, minlength=len(weights)).to(torch.float64)
     means = torch.zeros(len(weights), pilot.d).index_add_(0, client, sent) / counts.to(torch.float32).unsqueeze(1)
     mean = (boot[:1].to(torch.float32) @ sent).squeeze(0)

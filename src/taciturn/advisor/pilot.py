@@ -70,7 +70,8 @@ class Pilot:
     messages [n, d]; client [n]: which of the S sampled clients sent each; weights [S], sum 1; curve [P + 1]: training loss
     after 0 .. P pilot rounds, on the samples of the curvature; steps: local steps of a
     round, mean; gamma: step size of a local step; cohort: messages averaged in a round, as an effective number; share:
-    cohort over all clients; cost: seconds and bytes of the pilot, as a record.
+    cohort over all clients; whole: all clients were sampled; bytes_down: of a client and round; overhead:
+    bytes up beside the packed update (frame, statistics); cost: what the pilot took, as a record.
     """
 
     x: Vector
@@ -86,7 +87,9 @@ class Pilot:
     cohort: float
     share: float
     cohort_clients: int
+    whole: bool
     bytes_down: float
+    overhead: float
     seconds_round: float
     cost: dict[str, float]
 
@@ -115,7 +118,7 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     ids = _sampled(len(sizes), random.fold(key, "pilot"))
     draws = _draws(work.split.layout.d, len(ids), messages)
     with closing(run.engine.crew):
-        path, server, seconds, down, cohort = _train(run, rounds)
+        path, server, seconds, (up, down), cohort = _train(run, rounds)
         sent, client = _draw(run.engine, work, server, method, ids, draws, key, experiment)
     weights = method.aggregator.weigh(sizes)
     curvature = _curvature(work, server.x, ids, weights[ids], random.fold(key, "curvature"))
@@ -130,7 +133,8 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     decay = float(getattr(method.solver, "weight_decay", 0.0))
     return Pilot(
         server.x, sent, client, share, curve, curvature, steps, gamma, note, decay, effective,
-        cohort / len(sizes), cohort, down, seconds, cost,
+        cohort / len(sizes), cohort, len(ids) == len(sizes), down,
+        up - work.split.x0.element_size() * work.split.layout.d, seconds, cost,
     )  # fmt: skip
 
 
@@ -147,10 +151,10 @@ def _draws(d: int, clients: int, messages: int) -> int:
     return max(2, math.ceil(FEWEST / clients), min(messages, most) // clients)
 
 
-def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, float, int]:
-    """-> models along the way, server, seconds of the fastest round, bytes down to a client in the last, its cohort."""
+def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, tuple[float, float], int]:
+    """-> models along the way, server, seconds of the fastest round, bytes of a client in the last (up, down), its cohort."""
     server, sizes, method = run.server, run.task.train.sizes, run.experiment.method
-    path, seconds, down, cohort = [server.x], [], 0.0, 0
+    path, seconds, cohort, kinds = [server.x], [], 0, {}
     for r in range(rounds):
         key = random.fold(run.key, "round", r)
         ids = method.participation.draw(r, key, torch.ones(len(sizes), dtype=torch.bool))
@@ -159,10 +163,13 @@ def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, flo
         seconds.append(time.perf_counter() - start)
         path.append(server.x)
         kinds = run.engine.post.ledger.close_round()["by_kind"]
-        down = sum(e["payload"] + e["frame"] for k, e in kinds.items() if k in ("down/model", "down/monitor")) / cohort
     if not torch.isfinite(server.x).all():
         raise RunError("advise: the pilot diverged without compression; lower method.solver.lr")
-    return path, server, min(seconds), down, cohort
+    sent = [
+        sum(e["payload"] + e["frame"] for k, e in kinds.items() if k.startswith(way) and not k.endswith("/setup")) / cohort
+        for way in ("up/", "down/")
+    ]
+    return path, server, min(seconds), (sent[0], sent[1]), cohort
 
 
 def _sampled(n: int, key: Key) -> Tensor:

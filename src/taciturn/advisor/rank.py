@@ -39,7 +39,7 @@ CONFIDENCE = 0.9
 class Forecast:
     """What is expected of one codec. Losses are of the final model at the budget; low, high: 90 % of the bootstrap.
 
-    bytes: of one message, packed, mean; rounds: within the budget; factor: of the server's step; ratio: Q relative to no
+    bytes: up for one message, mean; rounds: within the budget; factor: of the server's step; ratio: Q relative to no
     compression (low, high likewise), at the damping and at a quarter and four times of it; to_target: rounds; seconds: the
     same on the link; noise: the codec's part of a message's noise; paired, paired_seconds [B]: of the bootstrap; why: not
     predicted.
@@ -79,14 +79,14 @@ class Budget:
         """Of one round: both ways over the client's link, one latency, and the pilot's computing."""
         if self.mbit is None:
             return math.nan
-        return (up + pilot.bytes_down + 2 * FRAME) * 8 / (self.mbit * 1e6) + self.latency + pilot.seconds_round
+        return (up + pilot.bytes_down) * 8 / (self.mbit * 1e6) + self.latency + pilot.seconds_round
 
 
 # ------------------------------------------------------------------------------------------------ one codec's noise
 
 
 def weigh(codec: Any, pilot: Pilot, key: Key) -> float:
-    """Mean bytes of the codec's own messages, packed as they would be sent, without the frame."""
+    """Mean bytes up for one of the codec's own messages, packed as it would be sent, with frame and statistics."""
     layout = pilot.curvature.work.split.layout
     picked = pilot.messages[evenly(len(pilot.messages), WEIGHED)]
     tx, _ = codec.init(layout)
@@ -94,7 +94,7 @@ def weigh(codec: Any, pilot: Pilot, key: Key) -> float:
     for place, u in enumerate(picked):
         payload, _ = codec.encode(u, tx, random.fold(key, place), layout=layout, knobs={})
         sizes.append(len(pack(Frame("update", payload))) - FRAME)
-    return sum(sizes) / len(sizes)
+    return sum(sizes) / len(sizes) + pilot.overhead
 
 
 def residuals(codec: Any, u: Tensor, pilot: Pilot, key: Key) -> Tensor:
