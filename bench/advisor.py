@@ -1,6 +1,6 @@
 """The advisor against what happens: its ranking of codecs at equal bytes, and the ranking that training finds.
 
-Four kinds of task, each with clients alike (iid) and unlike (skew): least squares (d = 128, rotated, lambda_i = 1/i; unlike:
+Four kinds of task, each with clients alike (iid) and unlike (skew): least squares (d = 128, rotated, spectrum 1/i; unlike:
 each client its own optimum), logistic regression, an MLP and a small CNN on digits (unlike: Dirichlet(0.3) labels; the
 networks do several local steps). Ten clients, all in every round, server sgd. Every codec trains until its messages have
 cost what uncompressed training sends in ROUNDS rounds.

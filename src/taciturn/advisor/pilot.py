@@ -26,9 +26,11 @@ from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, MethodError, RunError, require
 from taciturn.core.random import Key
 from taciturn.core.state import State
-from taciturn.core.types import Aggregator, Block, Cast
+from taciturn.core.types import OK, Aggregator, Block, Cast
 from taciturn.core.vector import Vector
 from taciturn.engines import LocalEngine, build
+from taciturn.engines.crew import Alone
+from taciturn.engines.modes import trainer
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.runner import prepare
 from taciturn.method import Method
@@ -152,7 +154,7 @@ def _draws(d: int, clients: int, messages: int) -> int:
 
 
 def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, tuple[float, float], int]:
-    """-> models along the way, server, seconds of the fastest round, bytes of a client in the last (up, down), its cohort."""
+    """-> models along the way, server, seconds of the fastest round, bytes of a client in the last (up, down), cohort."""
     server, sizes, method = run.server, run.task.train.sizes, run.experiment.method
     path, seconds, cohort, kinds = [server.x], [], 0, {}
     for r in range(rounds):
@@ -190,17 +192,17 @@ def _draw(
     single = method.replace(aggregator=kept(method.aggregator), broadcast=Broadcast(identity()))
     cast = Cast(0, server.round, {"x": server.x}, ((0, {"values": server.x}),))
     plan, stride = plan_round(server.round, ids, work.task.train.sizes[ids], single)
-    own = engine.store.read(ids)
     rows: list[Tensor] = []
     owners: list[Tensor] = []
+    name = "stacked" if experiment.engine == "ray" else experiment.engine
+    other, path = build(name, work, single, key, block=experiment.block)
+    other.store.write(ids, engine.store.read(ids))
     for r in range(draws):
-        other, _ = build(experiment.engine, work, single, random.fold(key, "pilot", r), block=experiment.block)
-        other.store.write(ids, own)
-        with closing(other.crew):
-            for block in _messages(other, cast, plan, stride, single, server):
-                good = block.status == 0
-                rows.append(block.updates[good].to(torch.float32).cpu())
-                owners.append(torch.searchsorted(ids, block.ids[good]))
+        other.crew = Alone(trainer(work, single.sync, single.batch_size, random.fold(key, "pilot", r), path))
+        for block in _messages(other, cast, plan, stride, single, server):
+            good = block.status == OK
+            rows.append(block.updates[good].to(torch.float32).cpu())
+            owners.append(torch.searchsorted(ids, block.ids[good]))
     sent, client = torch.cat(rows), torch.cat(owners)
     if len(sent) < FEWEST or int((torch.bincount(client, minlength=len(ids)) == 0).sum()):
         raise RunError(
