@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from taciturn import codecs
 from taciturn.core import random
-from taciturn.core.broadcast import SNAPSHOT, Broadcast, payload_bytes
+from taciturn.core.broadcast import SNAPSHOT, Broadcast
 from taciturn.core.errors import WireError
 from taciturn.core.state import clone, equal
 from taciturn.core.vector import Layout
@@ -150,14 +150,14 @@ def test_the_smaller_of_log_and_snapshot_is_sent(name):
         for since in range(-1, cast.version):
             sent = broadcast.frames(cast, since)
             replay = frames[since:] if since >= 0 else []
-            fits = since >= 0 and sum(map(payload_bytes, replay)) <= snapshot
+            fits = since >= 0 and sum(map(nbytes, replay)) <= snapshot
             if fits:
                 assert len(sent) == len(replay) and all(map(equal, sent, replay))
             else:
                 assert len(sent) == 1 and equal(sent[0], {SNAPSHOT: cast.held["x"]})
-            assert sum(map(payload_bytes, sent)) <= snapshot
+            assert sum(map(nbytes, sent)) <= snapshot
         assert broadcast.frames(cast, cast.version) == []
-        assert sum(payload_bytes(frame) for _, frame in cast.log) <= snapshot, "the log does not grow"
+        assert sum(nbytes(frame) for _, frame in cast.log) <= snapshot, "the log does not grow"
 
 
 @pytest.mark.parametrize("name", [name for name in BROADCASTS if name not in CHANGES])
@@ -181,7 +181,7 @@ def test_a_model_is_one_frame_for_everybody(name):
 def test_bytes_of_the_frames(name, since, size):
     """After ten publications (versions 0 to 9), d = 24."""
     sent = BROADCASTS[name].frames(publish(BROADCASTS[name], models(10))[-1], since)
-    assert sum(map(payload_bytes, sent)) == sum(int(nbytes(frame)) for frame in sent) == size
+    assert sum(map(nbytes, sent)) == sum(int(nbytes(frame)) for frame in sent) == size
 
 
 def test_lossless_is_exact():

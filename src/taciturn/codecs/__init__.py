@@ -3,6 +3,7 @@
 from taciturn.codecs.cast import cast
 from taciturn.codecs.compose import chain, per_tensor
 from taciturn.codecs.identity import identity
+from taciturn.codecs.lossless import lossless
 from taciturn.codecs.lowrank import lowrank
 from taciturn.codecs.memory import difference, ef21, error_feedback
 from taciturn.codecs.partial import partial
@@ -17,6 +18,7 @@ __all__ = [
     "ef21",
     "error_feedback",
     "identity",
+    "lossless",
     "lowrank",
     "partial",
     "per_tensor",

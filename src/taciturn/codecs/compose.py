@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from taciturn.codecs.identity import identity
+from taciturn.codecs.quantize import quantize8
+from taciturn.codecs.sparsify import top_k
 from taciturn.core.errors import ConfigError, MethodError, require
 from taciturn.core.random import Key, fold
 from taciturn.core.random import key as root
@@ -27,8 +29,8 @@ class chain:
     Errors: `MethodError`.
     """
 
-    codec: Codec
-    then: Codec
+    codec: Codec = field(default_factory=top_k)
+    then: Codec = field(default_factory=quantize8)
 
     def __post_init__(self) -> None:
         _no_marker("chain", self.codec, self.then)
@@ -49,7 +51,7 @@ class chain:
         return self.codec.message_bits(d) - 32.0 * k + self.then.message_bits(k)
 
     def omega(self, d: int) -> float:
-        """(1 + omega_1) (1 + omega_2) - 1 if both are unbiased, else (sqrt(omega_1) + (1 + sqrt(omega_1)) sqrt(omega_2))^2."""
+        """(1 + a) (1 + b) - 1 if both are unbiased, else (sqrt(a) + (1 + sqrt(a)) sqrt(b))^2, for omegas a, b."""
         first, second = self.codec.omega(d), self.then.omega(self._inner(Layout(("u",), ((d,),))).d)
         if self.unbiased:
             return float((1 + first) * (1 + second) - 1)
@@ -97,7 +99,7 @@ class per_tensor:
     Payload names get the tensor's number as a prefix. Unbiased if both codecs are; the state of each tensor's codec.
     """
 
-    codec: Codec
+    codec: Codec = field(default_factory=top_k)
     other: Codec = field(default_factory=identity)
     least: int = 0
 

@@ -6,11 +6,13 @@ at which it learns; q = C(u - h); omega of the codec.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 
+from taciturn.codecs.quantize import quantize
+from taciturn.codecs.sparsify import top_k
 from taciturn.core.errors import MethodError, require
 from taciturn.core.random import Key
 from taciturn.core.state import State
@@ -30,7 +32,7 @@ class error_feedback:
 
     lossy: ClassVar[bool] = True
     unbiased: ClassVar[bool] = False
-    codec: Codec
+    codec: Codec = field(default_factory=top_k)
 
     def message_bits(self, d: int) -> float:
         """The codec's."""
@@ -76,7 +78,7 @@ class difference:
     """
 
     lossy: ClassVar[bool] = True
-    codec: Codec
+    codec: Codec = field(default_factory=quantize)
     alpha: float | None = None
     memory: Literal["receiver", "mean"] = "receiver"
 
@@ -125,9 +127,9 @@ class difference:
         return rx["h"] + q, {"h": rx["h"] + self.rate(layout.d) * q.float()}
 
 
-def ef21(codec: Codec) -> difference:
-    """EF21 (Richtarik et al. 2021): `difference(codec, alpha=1)`."""
-    return difference(codec, alpha=1.0)
+def ef21(codec: Codec | None = None) -> difference:
+    """EF21 (Richtarik et al. 2021): `difference(codec, alpha=1)`, of `top_k()` unless another is given."""
+    return difference(codec or top_k(), alpha=1.0)
 
 
 def _sender(codec: Codec, layout: Layout, name: str) -> State:

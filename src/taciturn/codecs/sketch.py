@@ -5,12 +5,13 @@ Symbols: u [d]; U a random rotation of R^d; h values are sent; Q [d, h] an ortho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from taciturn.codecs.quantize import quantize
 from taciturn.codecs.sparsify import check_count, count_of, rand_k
 from taciturn.core import kernel, random
 from taciturn.core.errors import ConfigError, require
@@ -32,7 +33,7 @@ class rotated:
     8 bytes for the seed; the codec's state. Source: Suresh et al. 2017, section 4.
     """
 
-    codec: Codec
+    codec: Codec = field(default_factory=quantize)
     block: int = 4096
 
     def __post_init__(self) -> None:

@@ -17,17 +17,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from taciturn.core.errors import WireError
+from taciturn.core.payload import nbytes
 from taciturn.core.random import Key
 from taciturn.core.state import State
 from taciturn.core.types import Cast, Codec, Payload
 from taciturn.core.vector import Layout, Vector
 
 SNAPSHOT = "snapshot"
-
-
-def payload_bytes(payload: Payload) -> int:
-    """Bytes of dense payload tensors; the frame of the log that costs least is chosen by it."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in payload.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ class Broadcast:
             return Cast(version, source, {"x": x.clone()}, ())
         payload, _ = self.codec.encode(x - cast.held["x"], tx, key, layout=layout, knobs={})
         log = [*cast.log, (version, payload)]
-        while sum(payload_bytes(frame) for _, frame in log) > x.numel() * x.element_size():
+        while sum(int(nbytes(frame)) for _, frame in log) > x.numel() * x.element_size():
             log.pop(0)  # older receivers are better served by a snapshot
         return Cast(version, source, self.apply(cast.held, payload, layout), tuple(log))
 

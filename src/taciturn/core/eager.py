@@ -55,10 +55,10 @@ def _cut(x: Tensor, size: int) -> Tensor:
 
 def _tree(x: Tensor) -> Tensor:
     """Sum over the last axis in the fixed order: [.., n] float64 -> [..]."""
-    while x.shape[-1] > 1:
-        n = x.shape[-1]
-        x = _cut(torch.nn.functional.pad(x, (0, -n % _LANES)), _LANES)
-        for _ in range(10):
+    while (n := x.shape[-1]) > 1:
+        lanes = min(_LANES, 1 << (n - 1).bit_length())  # zeros that are left out change no bit
+        x = _cut(torch.nn.functional.pad(x, (0, -n % lanes)), lanes)
+        while x.shape[-1] > 1:
             half = x.shape[-1] // 2
             x = x[..., :half] + x[..., half:]
         x = x.squeeze(-1)
@@ -138,12 +138,11 @@ def keep(u: Tensor, key: Tensor, threshold: Tensor, scale: float, room: int) -> 
     return kept, torch.where(finite, counts, room).to(torch.int32)
 
 
-def spread(values: Tensor, key: int, threshold: int, out: Tensor) -> int:
-    """Values [room] to their places of `out` [d] -> how many places there are."""
-    chosen = shift(words(torch.tensor(key, device=out.device), len(out)), 1) <= threshold
-    place = (chosen.cumsum(-1) - 1).clamp(0, len(values) - 1)
-    out.copy_(torch.where(chosen, values[place], 0.0))
-    return int(chosen.sum())
+def spread(values: Tensor, key: Tensor, threshold: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """Values in their places, and how many places there are."""
+    chosen = shift(words(key, d), 1) <= threshold.unsqueeze(-1)
+    place = (chosen.cumsum(-1) - 1).clamp(0, values.shape[-1] - 1)
+    return torch.where(chosen, values.gather(-1, place), 0.0), chosen.sum(-1).to(torch.int32)
 
 
 def largest(u: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -202,23 +202,22 @@ def spread(values: Tensor, key: Tensor, threshold: Tensor, count: Tensor, d: int
 
     Errors: `WireError` if more or fewer were sent than there are places.
     """
-    out = torch.empty(*_lead(values, 1), d, device=values.device)
-    rows = zip(*(t.reshape(-1).tolist() for t in (key, threshold, count)), _rows(values, 1), _views(out, 1), strict=True)
-    for k, edge, sent, kept, row in rows:
-        if sent == d == len(kept):
-            row.copy_(kept)
-        elif (places := _spread(kept, k, edge, row)) != sent:
-            raise WireError(f"{sent} values; the seed of this message says {places}")
-    return out
-
-
-def _spread(kept: Tensor, key: int, threshold: int, out: Tensor) -> int:
-    native = _native(kept)
+    native = _native(values)
     if native is None:
-        return eager.spread(kept, key, threshold, out)
-    native.tc_spread.restype = ctypes.c_int64
-    found = native.tc_spread(_at(kept), _i64(len(kept)), _i64(key), _i64(threshold), _at(out), _i64(len(out)))
-    return int(found)
+        out, places = eager.spread(values, key, threshold, d)
+    else:
+        out, found = torch.empty(*_lead(values, 1), d), []
+        native.tc_spread.restype = ctypes.c_int64
+        rows = zip(_rows(values, 1), key.reshape(-1).tolist(), threshold.reshape(-1).tolist(), _views(out, 1), strict=True)
+        for kept, k, edge, row in rows:
+            arguments = _at(kept), _i64(len(kept)), _i64(k), _i64(edge), _at(row), _i64(d)
+            found.append(native.tc_spread(*arguments))
+        places = torch.tensor(found, dtype=torch.int32).reshape(count.shape)
+    whole = (count == d) & (values.shape[-1] == d)
+    wrong = (count != places) & ~whole
+    if bool(wrong.any()):
+        raise WireError(f"{int(count[wrong][0])} values; the seed of this message says {int(places[wrong][0])}")
+    return torch.where(whole.unsqueeze(-1), values, out) if bool(whole.any()) else out
 
 
 @_operator("(Tensor u, int k) -> (Tensor, Tensor)")

@@ -24,6 +24,7 @@ from taciturn import client
 from taciturn.client import Work
 from taciturn.core import random
 from taciturn.core.errors import require, unknown
+from taciturn.core.payload import LOSSLESS, controlled, nbytes
 from taciturn.core.random import Key
 from taciturn.core.state import row, stack
 from taciturn.core.types import Payload, SyncRule
@@ -39,7 +40,7 @@ from taciturn.engines.ray import workers as actors
 from taciturn.engines.store import ClientStore
 from taciturn.engines.train import Trainer
 from taciturn.method import Method
-from taciturn.wire.format import FRAME, Frame, Schema, nbytes, pack, pack_schema, unpack, unpack_schema
+from taciturn.wire.format import FRAME, Frame, Schema, pack, pack_schema, packed_bytes, unpack, unpack_schema
 
 ENGINES = ("auto", "loopback", "ray", "sequential", "stacked")
 VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
@@ -76,8 +77,17 @@ class Direct:
         return len(schema.text)
 
     def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
-        """The payload itself, and the bytes of each row: the same for all, as payloads have fixed shapes."""
-        return payload, nbytes(row(payload, 0)).expand(len(ids))
+        """The payload itself, and the bytes of each row: the same for all, unless control fields decide them.
+
+        What is compressed has to be packed to know its size; rows that are one and the same are packed once.
+        """
+        first = row(payload, 0)
+        if all(tensor.stride(0) == 0 for tensor in payload.values()) or not controlled(payload):
+            size = torch.tensor(packed_bytes(first)) if LOSSLESS in payload else nbytes(first)
+            return payload, size.cpu().expand(len(ids))
+        if LOSSLESS in payload:
+            return payload, torch.tensor([packed_bytes(row(payload, place)) for place in range(len(ids))])
+        return payload, torch.vmap(nbytes)(payload).cpu()
 
 
 @dataclass
@@ -85,6 +95,7 @@ class Wired:
     """Payloads are packed and unpacked; what arrives is what the bytes say. `tap` sees every message."""
 
     schemas: dict[int, Schema] = field(default_factory=dict)
+    largest: int = 0  # bytes of the largest tensors that were announced
     tap: Callable[[bytes], None] | None = None
 
     def introduce(self, schema: Schema) -> int:
@@ -93,6 +104,7 @@ class Wired:
         self._tap(data)
         learnt = unpack_schema(data)
         self.schemas[learnt.id] = learnt
+        self.largest = max(self.largest, schema.dense)
         return len(data) - FRAME
 
     def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
@@ -103,7 +115,7 @@ class Wired:
             data = pack(Frame(kind, mine, round, i))
             self._tap(data)
             sizes.append(len(data) - FRAME)
-            got = unpack(data, self.schemas).payload
+            got = unpack(data, self.schemas, self.largest).payload
             arrived.append({name: tensor.to(mine[name].device) for name, tensor in got.items()})
         return stack(arrived), torch.tensor(sizes)
 
@@ -172,7 +184,10 @@ def trainer(work: Work, sync: SyncRule, batch_size: int, key: Key, path: Path) -
 
 
 def sends_drift(work: Work) -> bool:
-    """True if what arrives of a client is its drift and nothing else depends on it, so that a sum of drifts is enough."""
+    """True if what arrives of a client is its drift and nothing else depends on it, so that a sum of drifts is enough.
+
+    Where the size of a message depends on what is in it, each client's own is needed.
+    """
     layout = work.split.layout
     if work.codec.lossy or work.codec.init(layout) != ({}, {}) or work.solver.init(work.split):
         return False
@@ -180,7 +195,7 @@ def sends_drift(work: Work) -> bool:
     message, kept = work.solver.message(client.begin(work, work.split.x0, work.newcomer())["solver"], u)
     payload, _ = work.codec.encode(message, {}, random.key(0), layout=layout, knobs={})
     decoded, _ = work.codec.decode(payload, {}, layout=layout)
-    return not kept and torch.equal(decoded, u)
+    return not kept and not controlled(payload) and torch.equal(decoded, u)
 
 
 def build(

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import WireError
+from taciturn.core.payload import nbytes
 from taciturn.core.state import State, row, stack, tree_map
 from taciturn.core.types import Cast, Payload
 from taciturn.core.vector import Layout, Vector
 from taciturn.engines.store import ClientStore
-from taciturn.wire.format import FRAME, Schema, nbytes
+from taciturn.wire.format import FRAME, Schema
 from taciturn.wire.ledger import Ledger
 
 _BITS = 63
@@ -77,7 +78,7 @@ class Post:
             self._schemas[name] = schema
             self.ledger.count(way, stage, fresh, self.carrier.introduce(schema), FRAME)
         received, sizes = self.carrier.move(kind, whole, self.round, ids)
-        extra = int(nbytes(row(riders, 0)))
+        extra = sizes.clamp(max=int(nbytes(row(riders, 0))))  # a message that was compressed may be smaller than that
         self.ledger.count(way, kind, ids, sizes - extra, FRAME)
         if riders:
             self.ledger.count(way, "stats", ids, extra, 0, messages=0)
