@@ -42,7 +42,7 @@ from taciturn.core import random
 from taciturn.tasks.data.clients import Federation, TableClients
 from taciturn.tasks.models import cnn, linear, mlp
 
-ROUNDS, CLIENTS, TUNING_SEED = 20, 10, 1000
+ROUNDS, CLIENTS, TUNING_SEED = 16, 10, 1000
 FACTORS = (1 / 8, 1 / 2, 1.0, 2.0)
 LEFT_OUT = ("quantize8 block", "quantize2 block")  # near quantize8 and quantize2, and the time is short
 D, SAMPLES = 128, 400
@@ -74,7 +74,7 @@ def _digits(model: Any, skew: bool) -> taciturn.TaskSpec:
 
 
 KINDS: dict[str, tuple[Callable[[bool], Any], float, int, int]] = {  # task, lr, local steps, batch size
-    "least squares": (_least_squares, 0.1, 1, 16),
+    "least squares": (_least_squares, 0.3, 1, 16),
     "logistic": (lambda skew: _digits(linear(), skew), 0.5, 1, 16),
     "MLP": (lambda skew: _digits(mlp(hidden=(16,)), skew), 0.1, 3, 16),
     "CNN": (lambda skew: _digits(cnn(channels=(4, 8), hidden=16), skew), 0.1, 3, 8),

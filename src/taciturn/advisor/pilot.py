@@ -40,7 +40,7 @@ CLIENTS = 40  # clients that are sampled at most
 MESSAGES = 320  # messages in all
 VALUES = 200_000_000  # floats of all messages (0.8 GB)
 FEWEST = 24  # messages below which nothing is predicted
-SAMPLES = 1024  # samples of the curvature
+SAMPLES = 2048  # samples of the curvature
 
 
 @dataclass(frozen=True, slots=True)
