@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tomllib
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from advisor.toys import experiment, least_squares
@@ -57,7 +59,7 @@ def test_bytes():
             parse_bytes(text)
 
 
-def test_command_in_json_and_on_a_terminal(tmp_path):
+def test_the_command():
     done = runner.invoke(app, ["advise", "quickstart", "--json", *FEW, *SMALL])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout.strip().splitlines()[-1])
@@ -72,9 +74,6 @@ def test_command_in_json_and_on_a_terminal(tmp_path):
     table = config.to_table(recipe("quickstart")) | {}
     table["method"] |= tomllib.loads(told["toml"])["method"]
     config.from_table(table)
-    shown = runner.invoke(app, ["advise", "quickstart", "--link", "5", "--latency", "40", *FEW, *SMALL])
-    assert shown.exit_code == 0 and "recommended:" in shown.output and "not predicted" in shown.output
-    assert "to target" in shown.output and "limits:" in shown.output and "[method.codec]" in shown.output
 
 
 def test_refusals(monkeypatch, capsys):
@@ -91,10 +90,16 @@ def test_refusals(monkeypatch, capsys):
     assert "--latency" in fails("quickstart", "--latency", "5")
     assert "did you mean 'sketch'" in fails("quickstart", "--codecs", "sketsh")
     assert "at least one codec" in fails("quickstart", "--codecs", ",")
-    assert "less than a quarter" in fails("quickstart", "--budget", "1kB", "--pilot", "1", *SMALL)
-    assert "name an unbiased codec too" in fails("quickstart", "--codecs", "top_k", "--pilot", "1", *SMALL)
     assert "--data FOLDER" in fails("heart")
     assert "--link" in fails("quickstart", "--link", "0")
+
+
+def test_refusals_after_the_pilot():
+    task, _ = least_squares()
+    with pytest.raises(ConfigError, match="less than a quarter"):
+        advise(experiment(task), budget=100.0)
+    with pytest.raises(ConfigError, match="name an unbiased codec too"):
+        advise(experiment(task), codecs=["top_k"])
 
 
 def test_nothing_shared_and_unknown_names():
@@ -107,10 +112,15 @@ def test_nothing_shared_and_unknown_names():
 
 def test_time_on_a_link_prefers_fewer_rounds_when_latency_binds():
     task, _ = least_squares(d=8)
-    chosen = ["identity", "sparsify(p=0.1)"]
+    chosen = ["identity", "sparsify(p=0.1)", "top_k(share=0.5)"]
     slow = advise(experiment(task), codecs=chosen, mbit=1.0, latency=5.0)
     assert slow.by == "seconds" and slow.best.name == "identity" and slow.best.to_target == pytest.approx(40, rel=0.1)
     assert slow.best.seconds > 40 * 5
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(show(slow))
+    text = console.export_text()
+    for said in ("recommended: identity", "not predicted, biased", "to target", "limits:", "[method.codec]"):
+        assert said in text
 
 
 def test_memory_is_offered_where_it_pays():

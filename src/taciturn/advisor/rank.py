@@ -33,6 +33,7 @@ from taciturn.wire.format import FRAME, Frame, pack
 WEIGHED = 12  # messages of each codec that are packed
 NEGLIGIBLE = 1e-4  # a bias of so much of the squared norm at most counts as noise (float16: 2e-7)
 CONFIDENCE = 0.9
+LONGEST = 20  # times the rounds of the reference, in which a codec may reach the target on a link
 
 
 @dataclass(frozen=True)
@@ -199,31 +200,39 @@ def forecasts(
 
     target_rounds: the target of the time is what `base` is predicted to reach in so many rounds.
     """
-    key = random.key(1) if key is None else key
-    plain = _forecast(known, "", base, budget, None, factors, key, target_rounds, None)
-    assert plain.paired is not None
-    target = _value(known, base, key, target_rounds, factors)
+    key, pilot = random.key(1) if key is None else key, known.pilot
+    field, total, _ = _noise(known, base, key)
+    plain = _final(pilot, *_curves(known, field, target_rounds, factors), target_rounds, factors)
+    reference = _Reference(weigh(base, pilot, key), total, float(plain[0].min()), target_rounds)
     found = []
     for name, codec in codecs.items():
-        if why := unpredicted(codec, known.pilot, key):
-            size = weigh(codec, known.pilot, key)
-            found.append(Forecast(name, codec, size, _rounds(known.pilot, budget, size), why=why))
-        else:
-            found.append(
-                _forecast(
-                    known, name, codec, budget, memory_of(codec, known.pilot.d), factors, key, target_rounds, target, plain
-                )
-            )
+        size = weigh(codec, pilot, key)
+        row = Forecast(name, codec, size, _rounds(pilot, budget, size), why=unpredicted(codec, pilot, key))
+        found.append(row if row.why else _forecast(known, row, budget, reference, factors, key))
     return found
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What codecs are compared with: bytes and noise [B, k] of a message, and the loss it is predicted to reach."""
+
+    bytes: float
+    total: Tensor
+    target: float
+    rounds: int
 
 
 def _rounds(pilot: Pilot, budget: Budget, size: float) -> int:
     return int(min(1e6, budget.bytes / max(1e-9, pilot.cohort_clients * size)))
 
 
-def _noise(known: Law, codec: Any, memory: tuple[Any, float] | None, key: Key) -> tuple[Field, Tensor, str]:
-    """-> the round's noise for the horizon, energies of one message's noise at the optimum [B, k], how it was found."""
+def _noise(known: Law, codec: Any, key: Key, memory: tuple[Any, float] | None = None) -> tuple[Field, Tensor, str]:
+    """-> the round's noise for the horizon, energies of one message's noise at the optimum [B, k], how it was found.
+
+    memory: (codec, rate), where the codec is to be seen under a memory that it does not hold itself.
+    """
     pilot, basis, rows = known.pilot, known.basis, known.rows
+    memory = memory or memory_of(codec, pilot.d)
     inner = known.boot @ known.within
     if memory is None:
         still, how = added(codec, known.centred[rows], pilot, basis, key)
@@ -254,74 +263,50 @@ def _curves(known: Law, field: Field, rounds: int, factors: tuple[float, ...]) -
     return done, curve, lead
 
 
-def _final(known: Law, field: Field, rounds: int, factors: tuple[float, ...]) -> Tensor:
-    """Losses [B, S] after `rounds` rounds from the start."""
-    done, curve, lead = _curves(known, field, rounds, factors)
+def _final(pilot: Pilot, done: Tensor, curve: Tensor, lead: Tensor, rounds: int, factors: tuple[float, ...]) -> Tensor:
+    """Losses [B, S] after `rounds` rounds from the start, from `_curves` that reach so far."""
     later = at(done, curve, (rounds - lead).clamp(min=0.0))
     speed = torch.tensor(factors, dtype=torch.float64)
-    return torch.where(rounds >= lead, later, _early(known.pilot, rounds * speed).expand_as(later))
-
-
-def _value(known: Law, codec: Any, key: Key, rounds: int, factors: tuple[float, ...]) -> float:
-    field, _, _ = _noise(known, codec, memory_of(codec, known.pilot.d), key)
-    return float(_final(known, field, rounds, factors)[0].min())
+    return torch.where(rounds >= lead, later, _early(pilot, rounds * speed).expand_as(later))
 
 
 def _forecast(
-    known: Law,
-    name: str,
-    codec: Any,
-    budget: Budget,
-    memory: tuple[Any, float] | None,
-    factors: tuple[float, ...],
-    key: Key,
-    target_rounds: int,
-    target: float | None,
-    plain: Forecast | None = None,
+    known: Law, row: Forecast, budget: Budget, reference: _Reference, factors: tuple[float, ...], key: Key
 ) -> Forecast:
-    pilot = known.pilot
-    size = weigh(codec, pilot, key)
-    rounds = _rounds(pilot, budget, size)
-    field, total, how = _noise(known, codec, memory, key)
-    every = _final(known, field, rounds, factors)
-    best = int(every[0].argmin())
-    paired = every.min(1).values  # every sample of the bootstrap tunes its own step, as the run would
-    low, high = torch.quantile(paired, torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
-    noise = float((total[0].sum() - (known.boot[0] @ known.within).sum()) / total[0].sum().clamp(min=1e-300))
-    found = Forecast(
-        name, codec, size, rounds, factors[best], float(every[0, best]), low, high, noise=noise, how=how,
-        memory=memory is not None, paired=paired,
+    """The row, filled in. Every sample of the bootstrap tunes its own step, as a run would."""
+    pilot, ends = known.pilot, torch.tensor([0.05, 0.95], dtype=torch.float64)
+    field, total, how = _noise(known, row.codec, key)
+    longest = max(row.rounds, LONGEST * reference.rounds if budget.mbit is not None else 0)
+    done, curve, lead = _curves(known, field, longest, factors)
+    every = _final(pilot, done, curve, lead, row.rounds, factors)
+    best, paired = int(every[0].argmin()), every.min(1).values
+    low, high = torch.quantile(paired, ends).tolist()
+    noise = 1 - float((known.boot[0] @ known.within).sum() / total[0].sum().clamp(min=1e-300))
+    ratios = [_ratio(known, row.bytes, total, reference, scale) for scale in (1.0, 0.25, 4.0)]
+    bounds = torch.quantile(ratios[0], ends).tolist()
+    when = (reached(done, curve, reference.target) + lead).min(1).values
+    seconds = when * budget.seconds(pilot, row.bytes)
+    return replace(
+        row, factor=factors[best], loss=float(every[0, best]), low=low, high=high, noise=noise, how=how, paired=paired,
+        memory=memory_of(row.codec, pilot.d) is not None, ratio=float(ratios[0][0]), ratio_low=bounds[0],
+        ratio_high=bounds[1], ratio_damping=(float(ratios[1][0]), float(ratios[2][0])), to_target=float(when[0]),
+        seconds=float(seconds[0]), paired_seconds=seconds,
     )  # fmt: skip
-    if plain is None:
-        return found
-    ratios = [_ratio(known, size, total, plain, key, scale, target_rounds) for scale in (1.0, 0.25, 4.0)]
-    bounds = torch.quantile(ratios[0], torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
-    found = replace(
-        found, ratio=float(ratios[0][0]), ratio_low=bounds[0], ratio_high=bounds[1],
-        ratio_damping=(float(ratios[1][0]), float(ratios[2][0])),
-    )  # fmt: skip
-    if target is None:
-        return found
-    done, curve, lead = _curves(known, field, max(rounds, 20 * target_rounds), factors)
-    when = (reached(done, curve, target) + lead).min(1).values
-    seconds = when * budget.seconds(pilot, size)
-    return replace(found, to_target=float(when[0]), seconds=float(seconds[0]), paired_seconds=seconds)
 
 
 def memory_gain(known: Law, codec: Any, alpha: float, key: Key | None = None) -> Tensor:
     """Noise of the codec with memory over without [B], weighed by the inverse curvature: below 1 it pays."""
     key = random.key(1) if key is None else key
-    _, without, _ = _noise(known, codec, None, key)
-    _, held, _ = _noise(known, codec, (codec, alpha), key)
+    _, without, _ = _noise(known, codec, key)
+    _, held, _ = _noise(known, codec, key, (codec, alpha))
     pilot = known.pilot
     phi = replace(known.terrain, nodes=known.basis.nodes).weight(max(pilot.decay, 0.01 / (pilot.gamma * pilot.steps)))
     return (held @ phi) / (without @ phi).clamp(min=1e-300)
 
 
-def _ratio(known: Law, size: float, total: Tensor, plain: Forecast, key: Key, scale: float, rounds: int) -> Tensor:
+def _ratio(known: Law, size: float, total: Tensor, reference: _Reference, scale: float) -> Tensor:
     """Q(codec) / Q(base) [B], with the damping max(weight decay, scale / (gamma tau K))."""
     pilot = known.pilot
-    damping = max(pilot.decay, scale / (pilot.gamma * pilot.steps * max(1, rounds)))
+    damping = max(pilot.decay, scale / (pilot.gamma * pilot.steps * max(1, reference.rounds)))
     phi = replace(known.terrain, nodes=known.basis.nodes).weight(damping)
-    _, base, _ = _noise(known, plain.codec, None, key)
-    return size * (total @ phi) / (plain.bytes * (base @ phi)).clamp(min=1e-300)
+    return size * (total @ phi) / (reference.bytes * (reference.total @ phi)).clamp(min=1e-300)
