@@ -23,7 +23,20 @@ from taciturn.experiment import config
 from taciturn.partition import layers
 
 runner = CliRunner()
-SMALL = ("--set", "data.clients=4", "--set", "method.participation=all", "--set", "data.split=iid", "--set", "model=linear")
+SMALL = (
+    "--set",
+    "data.clients=4",
+    "--set",
+    "method.participation=all",
+    "--set",
+    "data.split=iid",
+    "--set",
+    "model=linear",
+    "--set",
+    "method.batch_size=96",
+    "--set",
+    "method.sync.epochs=1",
+)
 FEW = ("--codecs", "identity,quantize4,sparsify 1/4,top_k(share=0.1)", "--pilot", "2")
 
 

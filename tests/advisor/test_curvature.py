@@ -60,6 +60,13 @@ def test_gradient_and_loss():
     assert abs(c.loss() - loss.item()) < 1e-6
 
 
+def test_thinned_samples():
+    c = made()
+    few = c.thinned(10)
+    assert len(few.weights) == len(few.batch["target"]) == 10 and float(few.weights.sum()) == pytest.approx(1)
+    torch.testing.assert_close(c.thinned(99).matrix(), c.matrix())
+
+
 def conjugate_gradients(h, b, damping, steps=300):
     """(H + damping I)^-1 b, the textbook."""
     x, r = torch.zeros_like(b), b.clone()
@@ -93,7 +100,7 @@ def test_probes_estimate_diagonals_and_the_identity():
     c = made()
     dense, d = Dense.of(c.matrix()), len(c.x)
     krylov = Krylov.of(c.products, d, random.key(2), torch.float32, size=200)
-    v = random.uniform(random.key(8), d).expand(48, d)
+    v = random.uniform(random.key(8), d).double().expand(48, d)
     damping = 0.05
     estimates = trace(krylov, krylov.diagonal(v), damping)
     exact = float(trace(dense, dense.diagonal(v[:1]), damping))

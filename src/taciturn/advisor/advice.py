@@ -290,6 +290,12 @@ def _reasons(
         said.append(f"The pilot cannot tell it from {', '.join(tied)}: a tie, not a ranking. Take whichever is simplest.")
     if by == "seconds" and not math.isfinite(best.seconds):
         said.append("No codec is predicted to reach the target; the order is that of the loss at the budget.")
+    calm = min(ranked, key=lambda row: row.ratio)
+    if calm.ratio < 0.9 * best.ratio and calm.name not in tied:
+        said.append(
+            f"In the long run {calm.name} costs least per byte (Q = {calm.ratio:.2g} against {best.ratio:.2g}): with a much "
+            "larger budget, or near the optimum, ask again."
+        )
     flips = [r.name for r in ranked if min(r.ratio_damping) < 1 < max(r.ratio_damping)]
     if flips:
         said.append(

@@ -36,7 +36,8 @@ from taciturn.tasks.built import BuiltTask
 DENSE = 2000  # values of the model up to which H is decomposed
 CHUNK = 64  # samples whose Jacobian is formed at once
 OUTPUTS = 64  # outputs of a sample up to which its Jacobian is formed
-STEPS = 24  # Lanczos steps
+STEPS = 20  # Lanczos steps
+THIN = 512  # samples that Lanczos sees
 FLOOR = 1e-7  # eigenvalues below FLOOR times the largest count as that
 
 
@@ -95,7 +96,7 @@ class Curvature:
         total = torch.zeros_like(vectors)
         for batch, weights in self._parts(256):
             multiply = partial(self._product, batch, weights)
-            total += _guarded(torch.func.vmap(multiply, chunk_size=8), vectors)
+            total += _guarded(torch.func.vmap(multiply, chunk_size=20), vectors)
         return total.detach()
 
     def _product(self, batch: Batch, weights: Tensor, v: Vector) -> Vector:
@@ -112,6 +113,14 @@ class Curvature:
         _, pushed = torch.func.jvp(torch.func.grad(value), (out,), (jv,))  # type: ignore[misc]
         found: Tensor = pull(pushed)[0]
         return found
+
+    def thinned(self, most: int) -> Curvature:
+        """The same of `most` samples, evenly taken, weighted anew."""
+        n = len(self.weights)
+        picked = torch.linspace(0, n - 1, min(n, most)).round().to(torch.int64)
+        weights = self.weights[picked]
+        batch = {name: t[picked.to(t.device)] for name, t in self.batch.items()}
+        return Curvature(self.work, self.x, batch, weights / weights.sum())
 
     def matrix(self) -> Tensor:
         """H [d, d] float64: from the samples' Jacobians, or from products where a sample has many outputs."""
@@ -225,8 +234,9 @@ class Krylov:
     d: int
     nodes: Tensor
     key: Key
+    dtype: torch.dtype = torch.float32
     steps: int = STEPS
-    most: int = 24
+    most: int = 20
     note: str = f"generalized Gauss-Newton products, {STEPS} Lanczos steps a vector"
 
     @classmethod
@@ -236,20 +246,20 @@ class Krylov:
         theta, _ = lanczos(products, start, min(STEPS, d))
         top = max(1.05 * float(theta.max()), 1e-30)
         nodes = torch.logspace(math.log10(FLOOR * top), math.log10(top), size, dtype=torch.float64)
-        return cls(products, d, nodes, key)
+        return cls(products, d, nodes, key, dtype)
 
     def energies(self, u: Tensor) -> Tensor:
         """Quadrature weights, divided over the two nodes next to them."""
         part = max(1, (1 << 26) // (self.steps * self.d))
-        found = [lanczos(self.products, piece, min(self.steps, self.d)) for piece in torch.split(u, part)]
+        found = [lanczos(self.products, piece, min(self.steps, self.d)) for piece in torch.split(u.to(self.dtype), part)]
         return torch.cat([on_grid(self.nodes, theta, weight) for theta, weight in found])
 
     def _signs(self, n: int) -> Tensor:
-        return 1 - 2 * (random.uniform(random.fold(self.key, "signs", torch.arange(n)), self.d) < 0.5).to(torch.float32)
+        return 1 - 2 * (random.uniform(random.fold(self.key, "signs", torch.arange(n)), self.d) < 0.5).to(self.dtype)
 
     def diagonal(self, v: Tensor) -> Tensor:
         """One probe sqrt(v) z a row; row i has the same signs z in every call, so that codecs are compared fairly."""
-        return self.energies(v.clamp(min=0.0).sqrt() * self._signs(len(v)).to(v))
+        return self.energies(v.clamp(min=0.0).sqrt() * self._signs(len(v)))
 
     def flat(self) -> Tensor:
         """The mean over probes z."""
@@ -299,7 +309,7 @@ def spectrum(curvature: Curvature, key: Key) -> Basis:
     d = len(curvature.x)
     if d <= DENSE:
         return Dense.of(curvature.matrix())
-    return Krylov.of(curvature.products, d, key, curvature.x.dtype)
+    return Krylov.of(curvature.thinned(THIN).products, d, key, curvature.x.dtype)
 
 
 def trace(basis: Basis, energies: Tensor, damping: float) -> Tensor:
