@@ -11,7 +11,7 @@ Measure: training loss of the final model over all clients' samples (least squar
 final model, not an average of iterates: it is what a run hands out, and averages from the start serve no network.
 Kendall's tau-b over pairs of codecs, tau = sum a b / sqrt(sum a^2 sum b^2), with a, b in -1, 0, 1 the order that was
 measured and predicted: measured 0 where the paired difference over seeds is within 2 standard errors or 1 %; predicted 0
-where the advisor calls it a tie. tau without ties is told too. Regret: measure of the recommended codec over that of the
+where the advisor calls it a tie. Told too: tau without ties, and of two simpler rankings, by bytes alone and by Q. Regret: measure of the recommended codec over that of the
 best in hindsight, minus 1.
 """
 
@@ -155,12 +155,18 @@ def _compare(predicted: dict[str, Any], measured: dict[str, list[float]]) -> dic
     def say(a: str, b: str) -> int:
         return 0 if predicted["ties"][a, b] else 1 if rows[a].loss > rows[b].loss else -1
 
+    def by(value: dict[str, float]) -> float:
+        told = [0 if abs(value[a] - value[b]) <= 0.01 * value[a] else 1 if value[a] > value[b] else -1 for a, b in both]
+        return _tau((_sign(measured[a], measured[b]), sign) for (a, b), sign in zip(both, told, strict=True))
+
     means = {name: fmean(values) for name, values in measured.items()}
     plain = [(1 if means[a] > means[b] else -1, 1 if rows[a].loss > rows[b].loss else -1) for a, b in both]
     best = min(means, key=lambda name: means[name])
     return {
         "kendall_tau": _tau((_sign(measured[a], measured[b]), say(a, b)) for a, b in both),
         "kendall_tau_without_ties": _tau(plain),
+        "kendall_tau_of_bytes": by({name: row.bytes for name, row in rows.items()}),
+        "kendall_tau_of_Q": by({name: row.ratio for name, row in rows.items()}),
         "recommended": predicted["best"],
         "best": best,
         "regret": means[predicted["best"]] / means[best] - 1,
@@ -190,7 +196,10 @@ def main() -> None:
     }
     n = {"tasks": len(tasks), "codecs": len(_codecs()), "seeds": seeds, "factors": len(FACTORS), "rounds": ROUNDS}
     figures = {
-        "tasks": tasks | skipped, "mean_kendall_tau": fmean(tau), "mean_regret": fmean(regret), "worst_regret": max(regret),
+        "tasks": tasks | skipped, "mean_kendall_tau": fmean(tau),
+        "mean_kendall_tau_of_bytes": fmean(task["kendall_tau_of_bytes"] for task in tasks.values()),
+        "mean_kendall_tau_of_Q": fmean(task["kendall_tau_of_Q"] for task in tasks.values()),
+        "mean_regret": fmean(regret), "worst_regret": max(regret),
         "n": n,
     }  # fmt: skip
     finish("advisor", figures, given.quick)
@@ -209,7 +218,7 @@ def _task(pool: ProcessPoolExecutor, kind: str, skew: bool, seeds: int) -> dict[
         row.name: {
             "bytes": row.bytes, "rounds": row.rounds, "predicted": row.loss - least, "predicted_factor": row.factor,
             "measured": fmean(measured[row.name]), "spread": stdev(measured[row.name]), "factor": chosen[row.name],
-            "bytes_up": spent[row.name], "how": row.how,
+            "bytes_up": spent[row.name], "how": row.how, "Q": row.ratio, "seeds": measured[row.name],
         }
         for row in rows
     }  # fmt: skip
@@ -230,9 +239,22 @@ def _print(tasks: dict[str, Any]) -> None:
 
 
 def _summarize(tasks: dict[str, Any]) -> None:
-    table = Table("task", "d", "tau-b", "tau without ties", "recommended", "best", "regret", "advisor's seconds", box=None)
+    table = Table(
+        "task",
+        "d",
+        "tau-b",
+        "tau without ties",
+        "by bytes",
+        "by Q",
+        "recommended",
+        "best",
+        "regret",
+        "advisor's seconds",
+        box=None,
+    )
     for name, task in tasks.items():
-        told = (f"{task['kendall_tau']:.2f}", f"{task['kendall_tau_without_ties']:.2f}", task["recommended"], task["best"])
+        names = ("kendall_tau", "kendall_tau_without_ties", "kendall_tau_of_bytes", "kendall_tau_of_Q")
+        told = (*(f"{task[key]:.2f}" for key in names), task["recommended"], task["best"])
         table.add_row(name, str(task["d"]), *told, f"{100 * task['regret']:.1f} %", f"{task['seconds']:.0f}")
     Console(width=150).print(table)
 

@@ -293,8 +293,8 @@ def _reasons(
     calm = min(ranked, key=lambda row: row.ratio)
     if calm.ratio < 0.9 * best.ratio and calm.name not in tied:
         said.append(
-            f"In the long run {calm.name} costs least per byte (Q = {calm.ratio:.2g} against {best.ratio:.2g}): with a much "
-            "larger budget, or near the optimum, ask again."
+            f"In the long run {calm.name} costs least per byte (Q = {calm.ratio:.2g} against {best.ratio:.2g}): with a "
+            "much larger budget, or near the optimum, ask again."
         )
     flips = [r.name for r in ranked if min(r.ratio_damping) < 1 < max(r.ratio_damping)]
     if flips:
