@@ -11,8 +11,8 @@ Measure: training loss of the final model over all clients' samples (least squar
 final model, not an average of iterates: it is what a run hands out, and averages from the start serve no network.
 Kendall's tau-b over pairs of codecs, tau = sum a b / sqrt(sum a^2 sum b^2), with a, b in -1, 0, 1 the order that was
 measured and predicted: measured 0 where the paired difference over seeds is within 2 standard errors or 1 %; predicted 0
-where the advisor calls it a tie. Told too: tau without ties, and of two simpler rankings, by bytes alone and by Q. Regret: measure of the recommended codec over that of the
-best in hindsight, minus 1.
+where the advisor calls it a tie. Told too, with every measured difference counted: tau of the advisor's figures, and of two
+simpler rankings, by bytes alone and by Q. Regret: measure of the recommended codec over that of the best in hindsight, - 1.
 """
 
 from __future__ import annotations
@@ -155,12 +155,14 @@ def _compare(predicted: dict[str, Any], measured: dict[str, list[float]]) -> dic
     def say(a: str, b: str) -> int:
         return 0 if predicted["ties"][a, b] else 1 if rows[a].loss > rows[b].loss else -1
 
-    def by(value: dict[str, float]) -> float:
-        told = [0 if abs(value[a] - value[b]) <= 0.01 * value[a] else 1 if value[a] > value[b] else -1 for a, b in both]
-        return _tau((_sign(measured[a], measured[b]), sign) for (a, b), sign in zip(both, told, strict=True))
-
     means = {name: fmean(values) for name, values in measured.items()}
     plain = [(1 if means[a] > means[b] else -1, 1 if rows[a].loss > rows[b].loss else -1) for a, b in both]
+
+    def by(value: dict[str, float]) -> float:
+        """tau of another ranking; what differs by less than 1 % in it is a tie."""
+        told = [0 if abs(value[a] / value[b] - 1) <= 0.01 else 1 if value[a] > value[b] else -1 for a, b in both]
+        return _tau((sign, other) for (sign, _), other in zip(plain, told, strict=True))
+
     best = min(means, key=lambda name: means[name])
     return {
         "kendall_tau": _tau((_sign(measured[a], measured[b]), say(a, b)) for a, b in both),
