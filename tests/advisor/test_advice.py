@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advisor.toys import experiment, least_squares
-from taciturn import codecs, recipe
+from taciturn import codecs, recipe, server
 from taciturn.advisor import advise, candidates, parse_bytes, show, split_list
 from taciturn.advisor.advice import CANDIDATES, parse_codec, tie
 from taciturn.advisor.rank import Forecast
@@ -126,7 +126,8 @@ def test_nothing_shared_and_unknown_names():
 def test_time_on_a_link_prefers_fewer_rounds_when_latency_binds():
     task, _ = least_squares(d=8)
     chosen = ["identity", "sparsify(p=0.1)", "top_k(share=0.5)"]
-    slow = advise(experiment(task), codecs=chosen, mbit=1.0, latency=5.0)
+    slow = advise(experiment(task, server=server.averaged()), codecs=chosen, mbit=1.0, latency=5.0)
+    assert "averages its iterates" in slow.reasons[-1]
     assert slow.by == "seconds" and slow.best.name == "identity" and slow.best.to_target == pytest.approx(40, rel=0.1)
     assert slow.best.seconds > 40 * 5
     console = Console(width=100, record=True, file=io.StringIO())

@@ -202,7 +202,8 @@ def advise(
         ranked, _ = order([*ranked, *forecasts(known, extra, limit, **options)], by)
     tied = tuple(row.name for row in ranked[1:] if tie(ranked[0], row, by))
     toml = _toml(experiment, ranked[0])
-    return Advice(ranked, tied, apart, _reasons(ranked, tied, known, limit, word, by), toml, by, limit, known)
+    reasons = (*_reasons(ranked, tied, known, limit, word, by), *_server(type(experiment.method.server).__name__))
+    return Advice(ranked, tied, apart, reasons, toml, by, limit, known)
 
 
 def order(rows: Sequence[Forecast], by: str) -> tuple[tuple[Forecast, ...], tuple[Forecast, ...]]:
@@ -307,6 +308,14 @@ def _reasons(
     if pilot.gamma_note != "the solver's lr":
         said.append(f"Step size {pilot.gamma:.3g}: {pilot.gamma_note}.")
     return tuple(said)
+
+
+def _server(name: str) -> tuple[str, ...]:
+    if name == "sgd":
+        return ()
+    if name == "averaged":
+        return ("The server averages its iterates; the losses are those of the last one. Q is about the average.",)
+    return (f"The server is {name}; the forecast takes plain SGD steps in its place, so trust it less.",)
 
 
 def show(advice: Advice) -> Group:
