@@ -47,7 +47,7 @@ INPUTS = 1_400_000  # of the structured engine in a full run; the guided one run
 LARGEST = 1 << 20  # bytes of tensors that the reader here is told to expect; the payloads below have at most 2^16
 MESSAGES = 400
 HANG = 1.0  # seconds
-SHAPES = ((), (300,), (7,), (0,), (12, 5), (3, 2, 4), (1, 9))
+SHAPES = ((), (300,), (4300,), (7,), (0,), (12, 5), (3, 2, 4), (1, 9))
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 # what reads bytes of others; the rest of these files writes
 DECODER: tuple[Any, ...] = (

@@ -17,6 +17,7 @@ PACKAGES = {
     "pfl": ("pfl==0.6.0",),
     "fedjax": ("fedjax==0.0.17", "jax==0.10.2"),
     "fedlab": ("fedlab==1.3.0",),
+    "codecs": ("fedlab==1.3.0", "hivemind==1.1.12", "nvflare==2.9.0", "bitsandbytes==0.50.2", "numpy==2.2.6"),
 }
 WITHOUT_TORCH = ("fedjax",)
 INSTALL_SECONDS = 600

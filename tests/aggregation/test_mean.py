@@ -36,7 +36,7 @@ def block(u: torch.Tensor, w: torch.Tensor, status: torch.Tensor | None = None) 
 def average(u: torch.Tensor, w: torch.Tensor, cuts: list[int]) -> torch.Tensor:
     """The aggregate of blocks of these sizes."""
     rule = mean()
-    acc = rule.start(rule.init(X), X)
+    acc = rule.start(rule.init(X, torch.ones(1)), X)
     for rows, weights in zip(torch.split(u, cuts), torch.split(w, cuts), strict=True):
         acc = rule.add(acc, block(rows, weights))
     change, state = rule.finish(acc)
@@ -118,4 +118,4 @@ def test_weights():
     assert mean().weigh(sizes).tolist() == [1.0, 1.0, 1.0]
     assert weighted().weigh(sizes).tolist() == [1.0, 7.0, 60_000.0]
     assert weighted() == mean(weights="samples") != mean() and mean.linear
-    assert set(aggregation.__all__) >= {"mean", "weighted"}
+    assert set(aggregation.__all__) == {"mean", "running", "weighted"}

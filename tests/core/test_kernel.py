@@ -36,8 +36,14 @@ ODD = {
 
 
 def both(call):
-    """(compiled, torch)."""
-    first = call()
+    """(compiled, torch); compiled without what only some machines have gives the same too."""
+    first, native = call(), kernel.library()
+    if native is not None:
+        native.tc_portable(1)
+        try:
+            assert same(first, call())
+        finally:
+            native.tc_portable(0)
     with kernel.without_library():
         return first, call()
 
@@ -59,6 +65,18 @@ def test_words(d):
     keys = random.fold(random.key(0), torch.arange(3))
     a, b = both(lambda: kernel.words(keys, d))
     assert equal(a, b) and equal(a, eager.words(keys, d)) and equal(random.bits(keys, d), a)
+
+
+@compiled
+@pytest.mark.parametrize("brain", [False, True])
+def test_narrow(brain):
+    """Every sign, exponent and last place: all patterns of the upper 20 bits, with low bits around the ties."""
+    high = torch.arange(1 << 20, dtype=torch.int64) << 12
+    for low in (0, 1, 0x7FF, 0x800, 0x801, 0xFFF):
+        u = (high + low).to(torch.int32).view(torch.float32)
+        a, b = both(lambda u=u: kernel.narrow(u, brain))
+        assert torch.equal(a.isnan(), u.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+        assert torch.equal(a.isinf(), u.isinf())
 
 
 def runs_of(d: int):

@@ -46,8 +46,44 @@ OTHERS = {
     "available": {"participation": participation.available(count=4, probability=0.5, swing=1.0, period=3)},
     "all": {"participation": participation.all()},
 } | {name: {"server": getattr(server, name)(lr=0.1)} for name in ("adagrad", "adam", "adamw", "momentum", "sgd", "yogi")}
+COMPRESSED = {
+    "chain": codecs.chain(codecs.top_k(share=0.2), codecs.quantize8()),
+    "difference": codecs.difference(codecs.quantize4()),
+    "ef21": codecs.ef21(codecs.top_k(share=0.2)),
+    "error_feedback": codecs.error_feedback(codecs.top_k(share=0.1)),
+    "lossless": codecs.lossless(codecs.quantize2()),
+    "lowrank": codecs.error_feedback(codecs.lowrank(rank=2)),
+    "partial": codecs.partial(p=0.7),
+    "per_tensor": codecs.per_tensor(codecs.quantize4(), least=10),
+    "qsgd": codecs.qsgd(levels=8),
+    "quantize": codecs.quantize(),
+    "quantize2": codecs.quantize2("channel"),
+    "quantize4": codecs.quantize4("block"),
+    "quantize8": codecs.quantize8(),
+    "rand_k": codecs.rand_k(share=0.5),
+    "rotated": codecs.rotated(codecs.quantize4()),
+    "sign": codecs.error_feedback(codecs.sign()),
+    "sketch": codecs.sketch(share=0.5),
+    "sparsify": codecs.sparsify(),
+    "ternary": codecs.ternary(),
+    "top_k": codecs.top_k(share=0.3),
+}
+COMPRESSED = {f"codec-{name}": {"codec": codec} for name, codec in COMPRESSED.items()} | {
+    "codec-running": {
+        "codec": codecs.difference(codecs.quantize4(), alpha=0.4, memory="mean"),
+        "aggregator": aggregation.running(alpha=0.4, update="unbiased"),
+    },
+    "codec-ef21-running": {
+        "codec": codecs.difference(codecs.top_k(share=0.3), alpha=1.0, memory="mean"),
+        "aggregator": aggregation.running(weights="samples"),
+    },
+    "down-quantize8": {"broadcast": Broadcast(codecs.quantize8(), "change"), "codec": codecs.quantize8()},
+    "down-quantize8-model": {"broadcast": Broadcast(codecs.quantize8())},
+    "down-sparsify": {"broadcast": Broadcast(codecs.sparsify(p=0.9), "change")},
+    "averaged": {"server": server.averaged(server.momentum(lr=0.5))},
+}
 ROWS = {f"{s}/{p}": {"solver": SOLVERS[s], "partition": PARTITIONS[p]} for s, p in itertools.product(SOLVERS, PARTITIONS)}
-METHODS = ROWS | OTHERS
+METHODS = ROWS | OTHERS | COMPRESSED
 BASE = Method(participation=participation.uniform(count=4), sync=sync.every(epochs=2), batch_size=8)
 
 

@@ -10,12 +10,11 @@ from typing import ClassVar, Literal
 
 import torch
 
+from taciturn.core import kernel
 from taciturn.core.random import Key
 from taciturn.core.state import State
 from taciturn.core.types import Payload
 from taciturn.core.vector import Layout, Vector
-
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +43,7 @@ class cast:
 
     def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
         """u [d] -> {"values": [d] float16 or bfloat16}."""
-        dtype = _DTYPES[self.dtype]
-        largest = torch.finfo(dtype).max
-        saturated = torch.where(torch.isinf(u), u, u.clamp(-largest, largest))
-        return {"values": saturated.to(dtype)}, tx
+        return {"values": kernel.narrow(u.float(), self.dtype == "bfloat16")}, tx
 
     def decode(self, payload: Payload, rx: State, *, layout: Layout) -> tuple[Vector, State]:
         """{"values": [d]} -> [d] float32."""

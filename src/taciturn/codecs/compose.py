@@ -6,6 +6,7 @@ Symbols: u [d]; k values that the first codec leaves; a payload within a payload
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -47,19 +48,19 @@ class chain:
 
     def message_bits(self, d: int) -> float:
         """The first codec's without its values, and the second's."""
-        k = self._inner(Layout(("u",), ((d,),))).d
+        k = _inner(self.codec, _flat(d)).d
         return self.codec.message_bits(d) - 32.0 * k + self.then.message_bits(k)
 
     def omega(self, d: int) -> float:
         """(1 + a) (1 + b) - 1 if both are unbiased, else (sqrt(a) + (1 + sqrt(a)) sqrt(b))^2, for omegas a, b."""
-        first, second = self.codec.omega(d), self.then.omega(self._inner(Layout(("u",), ((d,),))).d)
+        first, second = self.codec.omega(d), self.then.omega(_inner(self.codec, _flat(d)).d)
         if self.unbiased:
             return float((1 + first) * (1 + second) - 1)
         return float((first**0.5 + ((1 + first**0.5) ** 2 * second) ** 0.5) ** 2)
 
     def init(self, layout: Layout) -> tuple[State, State]:
         """{"first": .., "then": ..} on both sides, where either has a state."""
-        pairs = self.codec.init(layout), self.then.init(self._inner(layout))
+        pairs = self.codec.init(layout), self.then.init(_inner(self.codec, layout))
         return _joined({"first": pairs[0][0], "then": pairs[1][0]}), _joined({"first": pairs[0][1], "then": pairs[1][1]})
 
     def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
@@ -73,22 +74,26 @@ class chain:
     def decode(self, payload: Payload, rx: State, *, layout: Layout) -> tuple[Vector, State]:
         """The second codec's values, put where the first says."""
         then = {name.removeprefix("then/"): t for name, t in payload.items() if name.startswith("then/")}
-        values, rx_then = self.then.decode(then, rx.get("then", {}), layout=self._inner(layout))
+        values, rx_then = self.then.decode(then, rx.get("then", {}), layout=_inner(self.codec, layout))
         first = {name: t for name, t in payload.items() if not name.startswith("then/")} | {"values": values}
         u, rx_first = self.codec.decode(first, rx.get("first", {}), layout=layout)
         return u, _joined({"first": rx_first, "then": rx_then})
 
-    def _inner(self, layout: Layout) -> Layout:
-        """The layout of the values that the first codec leaves."""
-        tx, _ = self.codec.init(layout)
-        payload, _ = self.codec.encode(torch.zeros(layout.d), tx, root(0), layout=layout, knobs={})
-        values = payload.get("values")
-        if values is None or values.dtype != torch.float32 or {"values.count", "values.mask"} & payload.keys():
-            name = type(self.codec).__name__
-            raise MethodError(
-                f"chain: {name} leaves no fixed number of float32 values; first may be rand_k, top_k or sketch"
-            )
-        return _flat(values.shape[-1])
+
+def _inner(codec: Codec, layout: Layout) -> Layout:
+    """The layout of the values that a codec leaves. Errors: `MethodError`."""
+    return _looked_at(codec, layout)  # type: ignore[arg-type]  # a protocol does not say that its parts are hashable
+
+
+@lru_cache(maxsize=256)
+def _looked_at(codec: Codec, layout: Layout) -> Layout:
+    tx, _ = codec.init(layout)
+    payload, _ = codec.encode(torch.zeros(layout.d), tx, root(0), layout=layout, knobs={})
+    values = payload.get("values")
+    if values is None or values.dtype != torch.float32 or {"values.count", "values.mask"} & payload.keys():
+        name = type(codec).__name__
+        raise MethodError(f"chain: {name} leaves no fixed number of float32 values; first may be rand_k, top_k or sketch")
+    return _flat(values.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from taciturn.core import kernel
 from taciturn.core.errors import require
+from taciturn.core.payload import GROUP
 from taciturn.core.random import Key
 from taciturn.core.state import State
 from taciturn.core.types import Payload
@@ -71,7 +72,8 @@ class quantize:
     def message_bits(self, d: int) -> float:
         """About d log2(q), 32 a segment, and 8: the symbols are packed in groups of whole bytes."""
         steps = math.ceil(d / self.block) if self.scale == "block" else 1
-        return d * _packed(self.symbols) + 32.0 * steps + 8.0
+        symbols, size = GROUP[self.symbols]
+        return 8.0 * size * d / symbols + 32.0 * steps + 8.0
 
     def omega(self, d: int) -> float:
         """The supremum for a segment of d values (blocks: of `block` values)."""
@@ -126,11 +128,6 @@ class quantize:
             if size:
                 runs += [count, size // count]
         return runs
-
-
-def _packed(q: int) -> float:
-    """Bits of a symbol in the group of at most 8 bytes that wastes least."""
-    return min(8 * size / math.floor(8 * size / math.log2(q) + 1e-9) for size in range(1, 9))
 
 
 def quantize8(scale: Literal["tensor", "block", "channel"] = "tensor") -> quantize:

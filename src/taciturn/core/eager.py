@@ -45,7 +45,14 @@ def words(key: Tensor, n: int) -> Tensor:
     return mix((key ^ STREAM).unsqueeze(-1) + counter)
 
 
-# --------------------------------------------------------------------------------------------------------- quantize
+# --------------------------------------------------------------------------------------------- narrow and quantize
+
+
+def narrow(u: Tensor, brain: bool) -> Tensor:
+    """To the nearest, saturating."""
+    dtype = torch.bfloat16 if brain else torch.float16
+    largest = torch.finfo(dtype).max
+    return torch.where(torch.isinf(u), u, u.clamp(-largest, largest)).to(dtype)
 
 
 def _cut(x: Tensor, size: int) -> Tensor:

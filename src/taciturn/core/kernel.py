@@ -125,7 +125,19 @@ def _views(out: Tensor, axes: int) -> list[Tensor]:
     return list(out.view(-1, *out.shape[out.dim() - axes :]).unbind(0))
 
 
-# --------------------------------------------------------------------------------------------------------- quantize
+# --------------------------------------------------------------------------------------------- narrow and quantize
+
+
+@_operator("(Tensor u, bool brain) -> Tensor")
+def narrow(u: Tensor, brain: bool) -> Tensor:
+    """u [..] float32 -> float16, or bfloat16: to the nearest, ties to even; finite values beyond the largest become it."""
+    native = _native(u)
+    if native is None:
+        return eager.narrow(u, brain)
+    flat = u.contiguous()
+    out = torch.empty(u.shape, dtype=torch.bfloat16 if brain else torch.float16)
+    native.tc_narrow(_at(flat), _i64(flat.numel()), ctypes.c_int(brain), _at(out))
+    return out
 
 
 @_operator("(Tensor u, Tensor key, Tensor radix, int[] runs, str norm, bool nearest) -> (Tensor, Tensor)")

@@ -39,7 +39,7 @@ class averaged:
     def step(self, x: Vector, update: Vector, state: State) -> tuple[Vector, State]:
         """w_r joins the average, then the server steps from it."""
         rounds = state["rounds"] + 1
-        share = 1.0 / (rounds - self.skip).clamp(min=1)
+        share = 1.0 / (rounds - self.skip).clamp(min=1).to(torch.float64)
         average = state["average"] + share * (x - state["average"])
         y, inner = self.server.step(x, update, state.get("server", {}))
         return y, {"average": average, "rounds": rounds, "server": inner}

@@ -8,7 +8,7 @@ State k (k = i mod 2) gives symbol i: with slot = x mod 2^14 in [c_s, c_s + f_s)
     x <- f_s floor(x / 2^14) + slot - c_s;   while x < 2^23: x <- 256 x + the next byte.
 Both states start in [2^23, 2^31) and end at 2^23. A symbol of frequency f costs log2(2^14 / f) bits.
 
-C where it was built, else Python, with the same bytes; Python takes about a second for a million symbols.
+C where it was built, else Python, with the same bytes; Python takes a third of a second for a million symbols.
 
 Source: J. Duda, Asymmetric numeral systems, arXiv:1311.2540.
 """

@@ -60,6 +60,7 @@ assert sys.byteorder == "little", "taciturn's wire format is written for little-
 class Schema:
     """Names, dtypes and shapes of a payload, in the order of the names.
 
+    >>> import torch
     >>> Schema.of({"values": torch.zeros(3)}).text
     b'[["values","float32",[3]]]'
     """

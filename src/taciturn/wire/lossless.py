@@ -27,7 +27,6 @@ from taciturn.wire.packing import Raw, byte_group, pack_symbols, symbol_bytes, u
 CODERS = ("stored", "zstd", "rans")
 _LEVEL = 1  # higher levels look for repetitions, which codes do not have, and gain nothing on them
 _WINDOW = 1 << 23
-_FORMAT = zstandard.FORMAT_ZSTD1_MAGICLESS
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def encode(coder: int, lanes: Sequence[tuple[Lane, Raw]], most: int) -> bytes | 
     """Lanes in fewer than `most` bytes, or None if the coder needs as many."""
     if CODERS[coder] == "zstd":
         plain = b"".join(_byte_groups(lane, raw) for lane, raw in lanes)
-        coded = _compressor().compress(plain) if plain else b""
+        coded = _compressor().compress(plain)[len(zstandard.FRAME_HEADER) :] if plain else b""
     else:
         coded = b"".join(plane for lane, raw in lanes for plane in _planes(lane, raw))
     return coded if len(coded) < most else None
@@ -109,21 +108,18 @@ def _from_byte_groups(plain: Raw, lanes: Sequence[Lane]) -> list[Raw]:
 
 
 def _compressor() -> zstandard.ZstdCompressor:
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        _LEVEL, format=_FORMAT, write_content_size=False, write_checksum=False, write_dict_id=False
-    )
-    return zstandard.ZstdCompressor(compression_params=parameters)
+    return zstandard.ZstdCompressor(_LEVEL, write_checksum=False, write_content_size=False, write_dict_id=False)
 
 
 def _decompress(raw: Raw, size: int) -> Raw:
     """One frame of exactly `size` bytes; what the frame says of itself is only compared."""
-    data = raw.tobytes()
+    data = zstandard.FRAME_HEADER + raw.tobytes()
     try:
-        facts = zstandard.get_frame_parameters(data, format=_FORMAT)
+        facts = zstandard.get_frame_parameters(data)
         known = facts.content_size != zstandard.CONTENTSIZE_UNKNOWN
         if known or facts.dict_id or facts.has_checksum or facts.window_size > _WINDOW or not size:
             raise WireError("a zstd frame that this format does not write (size, dictionary, checksum or window)")
-        reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW, format=_FORMAT)
+        reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
         plain = reader.decompress(data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise WireError(f"a compressed body that cannot be read: {error}") from error

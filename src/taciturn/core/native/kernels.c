@@ -187,6 +187,47 @@ API void tc_dequantize(const uint8_t *codes, const float *steps, int q, const in
             values_of(codes + at, runs[2 * r + 1], *steps, middle, out + at);
 }
 
+/* ------------------------------------------------------------------------------------------------------------ cast */
+
+/* a where the condition holds, else b; a conditional expression would become a branch here, and the loop would stay scalar. */
+static inline __attribute__((always_inline)) uint32_t pick(int condition, uint32_t a, uint32_t b)
+{
+    uint32_t mask = 0u - (uint32_t)condition;
+    return (a & mask) | (b & ~mask);
+}
+
+/* Rounding to nearest, ties to even; finite values beyond the largest become the largest. kind 0: float16, 1: bfloat16. */
+FAST API void tc_narrow(const float *restrict u, int64_t n, int kind, uint16_t *restrict out)
+{
+    const uint32_t *bits = (const uint32_t *)(const void *)u;
+    if (kind == 1) {
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t magnitude = bits[i] & 0x7FFFFFFFu, sign = bits[i] >> 16 & 0x8000u;
+            uint32_t rounded = (magnitude + 0x7FFFu + (magnitude >> 16 & 1)) >> 16;
+            rounded = rounded > 0x7F7Fu ? 0x7F7Fu : rounded;
+            rounded = magnitude == 0x7F800000u ? 0x7F80u : rounded;
+            out[i] = (uint16_t)(sign | (magnitude > 0x7F800000u ? 0x7FC0u : rounded));
+        }
+        return;
+    }
+    for (int64_t a = 0; a < n; a += CHUNK) {
+        int64_t width = n - a < CHUNK ? n - a : CHUNK;
+        /* below the smallest normal (2^-14): by adding one half, whose last place is the distance of two subnormals */
+        float shifted[CHUNK];
+        for (int64_t i = 0; i < width; i++)
+            shifted[i] = fabsf(u[a + i]) + 0.5f;
+        const uint32_t *small = (const uint32_t *)(const void *)shifted;
+        for (int64_t i = 0; i < width; i++) {
+            uint32_t magnitude = bits[a + i] & 0x7FFFFFFFu, sign = bits[a + i] >> 16 & 0x8000u;
+            uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1)) >> 13;
+            normal = pick(normal > 0x7BFFu, 0x7BFFu, normal);
+            normal = pick(magnitude == 0x7F800000u, 0x7C00u, normal);
+            normal = pick(magnitude > 0x7F800000u, 0x7E00u, normal);
+            out[a + i] = (uint16_t)(sign | pick(magnitude < 0x38800000u, small[i] - 0x3F000000u, normal));
+        }
+    }
+}
+
 /* ----------------------------------------------------------------------------------------------------------- select */
 
 static int ascending(const void *a, const void *b)
@@ -195,10 +236,132 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-FAST static void halves63(uint64_t key, int64_t first, int64_t n, uint64_t *out)
+static int portable; /* 1: leave the instructions alone that only some machines have; for tests */
+
+API void tc_portable(int on)
 {
-    for (int64_t i = 0; i < n; i++)
-        out[i] = word(key, (uint64_t)(first + i)) >> 1;
+    portable = on;
+}
+
+/* Sixteen words at a time: bit i says whether word at + i, without its last bit, is in from .. to. */
+static inline __attribute__((always_inline)) uint32_t chosen(uint64_t key, uint64_t at, int n, uint64_t from, uint64_t to)
+{
+    uint32_t mask = 0;
+    for (int i = 0; i < n; i++)
+        mask |= (uint32_t)((word(key, at + (uint64_t)i) >> 1) - from <= to - from) << i;
+    return mask;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define WIDE __attribute__((target("avx512f,avx512dq")))
+
+WIDE static inline __attribute__((always_inline)) __m512i mix8(__m512i x)
+{
+    x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 30)), _mm512_set1_epi64((int64_t)0xBF58476D1CE4E5B9ull));
+    x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 27)), _mm512_set1_epi64((int64_t)0x94D049BB133111EBull));
+    return _mm512_srli_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 31)), 1);
+}
+
+/* The counters of words at .. at + 7 of a key, before they are mixed. */
+WIDE static inline __attribute__((always_inline)) __m512i counters(uint64_t key, uint64_t at)
+{
+    uint64_t c[8];
+    for (uint64_t i = 0; i < 8; i++)
+        c[i] = (key ^ STREAM) + (at + i + 1) * GOLDEN;
+    return _mm512_loadu_si512(c);
+}
+
+/* The sixteen words from counters `c` on, compared with `edge`; c moves on. */
+WIDE static inline __attribute__((always_inline)) uint32_t chosen16(__m512i *c, __m512i edge)
+{
+    const __m512i eight = _mm512_set1_epi64((int64_t)(8 * GOLDEN));
+    __m512i low = mix8(*c), second = _mm512_add_epi64(*c, eight), high = mix8(second);
+    *c = _mm512_add_epi64(second, eight);
+    return (uint32_t)_mm512_cmple_epu64_mask(low, edge) | (uint32_t)_mm512_cmple_epu64_mask(high, edge) << 8;
+}
+
+/* Counts words below `from`, gathers those from there to `to`, for whole groups of sixteen -> how far it came. */
+WIDE static int64_t gather_wide(uint64_t key, int64_t d, uint64_t from, uint64_t to, uint64_t *window, int64_t room,
+                                int64_t *below, int64_t *found)
+{
+    __m512i c = counters(key, 0), upper = _mm512_set1_epi64((int64_t)to), lower = _mm512_set1_epi64((int64_t)from);
+    const __m512i eight = _mm512_set1_epi64((int64_t)(8 * GOLDEN));
+    int64_t a = 0;
+    for (; a + 8 <= d && *found <= room; a += 8) {
+        __m512i words = mix8(c);
+        c = _mm512_add_epi64(c, eight);
+        uint32_t less = _mm512_cmplt_epu64_mask(words, lower), inside = _mm512_cmple_epu64_mask(words, upper) & ~less;
+        *below += __builtin_popcount(less);
+        if (inside) {
+            _mm512_storeu_si512(window + *found, _mm512_maskz_compress_epi64((__mmask8)inside, words));
+            *found += __builtin_popcount(inside);
+        }
+    }
+    return a;
+}
+
+WIDE static int64_t keep_wide(const float *u, int64_t d, uint64_t key, uint64_t threshold, float scale, float *out,
+                              int64_t room, int64_t *count, uint32_t *most)
+{
+    __m512i c = counters(key, 0), edge = _mm512_set1_epi64((int64_t)threshold), sign = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i largest = _mm512_setzero_si512();
+    int64_t a = 0;
+    for (; a + 16 <= d && *count + 16 <= room; a += 16) {
+        __m512 x = _mm512_loadu_ps(u + a);
+        uint32_t mask = chosen16(&c, edge);
+        largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(x), sign));
+        if (mask) {
+            __m512 kept = _mm512_maskz_compress_ps((__mmask16)mask, x);
+            _mm512_storeu_ps(out + *count, _mm512_mul_ps(kept, _mm512_set1_ps(scale)));
+            *count += __builtin_popcount(mask);
+        }
+    }
+    *most = _mm512_reduce_max_epu32(largest);
+    return a;
+}
+
+WIDE static int64_t spread_wide(const float *values, int64_t room, uint64_t key, uint64_t threshold, float *out, int64_t d,
+                                int64_t *count)
+{
+    __m512i c = counters(key, 0), edge = _mm512_set1_epi64((int64_t)threshold);
+    int64_t a = 0;
+    for (; a + 16 <= d && *count + 16 <= room; a += 16) {
+        uint32_t mask = chosen16(&c, edge);
+        _mm512_storeu_ps(out + a, _mm512_maskz_expand_ps((__mmask16)mask, _mm512_loadu_ps(values + *count)));
+        *count += __builtin_popcount(mask);
+    }
+    return a;
+}
+
+static int wide(void)
+{
+    return !portable && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+}
+#else
+static int wide(void)
+{
+    return 0;
+}
+#define gather_wide(...) 0
+#define keep_wide(...) 0
+#define spread_wide(...) 0
+#endif
+
+/* Counts the words below `from`, and gathers those from there to `to` -> how many; more than `room`: not all are there. */
+FAST static int64_t gather(uint64_t key, int64_t d, uint64_t from, uint64_t to, uint64_t *window, int64_t room, int64_t *below)
+{
+    int64_t found = 0, a = 0;
+    *below = 0;
+    if (wide())
+        a = gather_wide(key, d, from, to, window, room, below, &found);
+    for (; a < d && found <= room; a++) {
+        uint64_t one = word(key, (uint64_t)a) >> 1;
+        *below += one < from;
+        window[found] = one;
+        found += one - from <= to - from;
+    }
+    return found;
 }
 
 /* The k-th smallest of d words (63 bits each): looked for in a narrow window around where it must be, else among all. */
@@ -208,20 +371,12 @@ API int64_t tc_threshold(uint64_t key, int64_t d, int64_t k)
     double low = ((double)k - spread) / (double)d * 0x1p63, high = ((double)k + spread) / (double)d * 0x1p63;
     for (int all = 0; all < 2; all++) {
         uint64_t from = all || low <= 0 ? 0 : (uint64_t)low, to = all || high >= 0x1p63 ? UINT64_MAX : (uint64_t)high;
-        int64_t room = all ? d : (int64_t)(3.0 * spread) + 1000, below = 0, found = 0;
+        int64_t room = all ? d : (int64_t)(3.0 * spread) + 1000, below = 0;
         room = room < d ? room : d;
-        uint64_t words[CHUNK], *window = malloc((size_t)(room + CHUNK) * sizeof(uint64_t));
+        uint64_t *window = malloc((size_t)(room + 16) * sizeof(uint64_t));
         if (!window)
             return -1;
-        for (int64_t a = 0; a < d && found <= room; a += CHUNK) {
-            int64_t width = d - a < CHUNK ? d - a : CHUNK;
-            halves63(key, a, width, words);
-            for (int64_t i = 0; i < width; i++) {
-                below += words[i] < from;
-                window[found] = words[i];
-                found += words[i] >= from && words[i] <= to;
-            }
-        }
+        int64_t found = gather(key, d, from, to, window, room, &below);
         int inside = found <= room && below < k && below + found >= k;
         int64_t result = -1;
         if (inside) {
@@ -237,30 +392,24 @@ API int64_t tc_threshold(uint64_t key, int64_t d, int64_t k)
 
 /* u[i] * scale for every i whose word is at most the threshold, one after the other -> how many. out holds `room`.
  * Only NaN, and `room`, if u is not finite. */
-FAST API int64_t tc_keep(const float *u, int64_t d, uint64_t key, int64_t threshold, float scale, float *out, int64_t room)
+FAST API int64_t tc_keep(const float *restrict u, int64_t d, uint64_t key, int64_t threshold, float scale,
+                         float *restrict out, int64_t room)
 {
-    uint64_t words[CHUNK];
-    float kept[CHUNK + 1];
-    int64_t count = 0;
+    int64_t count = 0, a = 0;
     uint32_t most = 0;
-    for (int64_t a = 0; a < d; a += CHUNK) {
-        int64_t width = d - a < CHUNK ? d - a : CHUNK, n = 0;
-        for (int64_t i = 0; i < width; i++)
-            words[i] = word(key, (uint64_t)(a + i)) >> 1;
-        for (int64_t i = 0; i < width; i++) {
+    if (wide() && threshold >= 0)
+        a = keep_wide(u, d, key, (uint64_t)threshold, scale, out, room, &count, &most);
+    for (; a < d; a += 16) {
+        int width = d - a < 16 ? (int)(d - a) : 16;
+        uint32_t mask = threshold < 0 ? 0 : chosen(key, (uint64_t)a, width, 0, (uint64_t)threshold);
+        for (int i = 0; i < width; i++) {
             uint32_t bits;
             memcpy(&bits, u + a + i, 4);
             bits &= 0x7FFFFFFFu;
             most = bits > most ? bits : most;
         }
-        for (int64_t i = 0; i < width; i++) {
-            kept[n] = u[a + i];
-            n += (int64_t)words[i] <= threshold;
-        }
-        n = n < room - count ? n : room - count;
-        for (int64_t i = 0; i < n; i++)
-            out[count + i] = kept[i] * scale;
-        count += n;
+        for (; mask && count < room; mask &= mask - 1)
+            out[count++] = u[a + __builtin_ctz(mask)] * scale;
     }
     memset(out + count, 0, (size_t)(room - count) * sizeof(float));
     if (most < 0x7F800000u)
@@ -271,26 +420,18 @@ FAST API int64_t tc_keep(const float *u, int64_t d, uint64_t key, int64_t thresh
 }
 
 /* The inverse: values in their places, zeros elsewhere -> how many places there are. values holds `room`. */
-FAST API int64_t tc_spread(const float *values, int64_t room, uint64_t key, int64_t threshold, float *out, int64_t d)
+FAST API int64_t tc_spread(const float *restrict values, int64_t room, uint64_t key, int64_t threshold, float *restrict out,
+                           int64_t d)
 {
-    float next[CHUNK];
-    int32_t place[CHUNK], here[CHUNK];
-    int64_t count = 0;
-    memset(next, 0, sizeof next);
-    for (int64_t a = 0; a < d; a += CHUNK) {
-        int64_t width = d - a < CHUNK ? d - a : CHUNK, left = room - count;
-        left = left < 0 ? 0 : left < width ? left : width;
-        for (int64_t i = 0; i < width; i++)
-            here[i] = (int64_t)(word(key, (uint64_t)(a + i)) >> 1) <= threshold;
-        int32_t n = 0;
-        for (int64_t i = 0; i < width; i++) {
-            place[i] = n;
-            n += here[i];
-        }
-        memcpy(next, values + count * (left > 0), (size_t)left * sizeof(float));
-        for (int64_t i = 0; i < width; i++)
-            out[a + i] = here[i] ? next[place[i]] : 0.0f;
-        count += n;
+    int64_t count = 0, a = 0;
+    if (wide() && threshold >= 0)
+        a = spread_wide(values, room, key, (uint64_t)threshold, out, d, &count);
+    memset(out + a, 0, (size_t)(d - a) * sizeof(float));
+    for (; a < d && threshold >= 0; a += 16) {
+        int width = d - a < 16 ? (int)(d - a) : 16;
+        for (uint32_t mask = chosen(key, (uint64_t)a, width, 0, (uint64_t)threshold); mask; mask &= mask - 1, count++)
+            if (count < room)
+                out[a + __builtin_ctz(mask)] = values[count];
     }
     return count;
 }

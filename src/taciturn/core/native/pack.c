@@ -12,6 +12,12 @@ static inline __attribute__((always_inline)) uint64_t load(const uint8_t *from, 
     return value;
 }
 
+/* The same where eight bytes may be read: two loads of a part of a word would wait for each other. */
+static inline __attribute__((always_inline)) uint64_t load_inside(const uint8_t *from, int size)
+{
+    return load(from, 8) & (UINT64_MAX >> (64 - 8 * size));
+}
+
 /* --------------------------------------------------------------------------------------------------------- symbols */
 
 /* A group of `many` symbols is the number sum s_i q^i, in `size` bytes, little-endian. */
@@ -105,23 +111,72 @@ static int64_t by_table(const uint8_t *raw, int64_t groups, int many, int q, uin
     return groups;
 }
 
+/* The quotient; *value becomes the remainder. inverse = floor((2^64 - 1) / by), so the product is at most one too low. */
+static inline __attribute__((always_inline)) uint64_t divide(uint64_t *value, uint64_t by, uint64_t inverse)
+{
+    uint64_t part = (uint64_t)(((unsigned __int128)*value * inverse) >> 64), rest = *value - part * by, more = rest >= by;
+    *value = rest - (more ? by : 0);
+    return part + more;
+}
+
+/* Symbol by symbol, from group g on. */
 static inline __attribute__((always_inline)) int64_t divided(
-    const uint8_t *raw, int64_t groups, int many, int size, uint64_t q, uint8_t *out)
+    const uint8_t *raw, int64_t g, int64_t groups, int many, int size, uint64_t q, uint8_t *out)
 {
     uint64_t inverse = UINT64_MAX / q;
-    for (int64_t g = 0; g < groups; g++) {
-        uint64_t value = load(raw + g * size, size);
+    for (; g < groups; g++) {
+        uint64_t value = g < groups - 8 ? load_inside(raw + g * size, size) : load(raw + g * size, size);
         for (int i = 0; i < many; i++) {
-            uint64_t part = (uint64_t)(((unsigned __int128)value * inverse) >> 64); /* the quotient, or one less */
-            uint64_t rest = value - part * q;
-            uint64_t more = rest >= q;
-            out[g * many + i] = (uint8_t)(rest - (more ? q : 0));
-            value = part + more;
+            uint64_t next = divide(&value, q, inverse);
+            out[g * many + i] = (uint8_t)value;
+            value = next;
         }
         if (value)
             return g;
     }
     return groups;
+}
+
+#define LONGEST 4096 /* numbers in a table of parts */
+
+/* Several symbols at a time: a group's number in parts below q^k, and a table of the k symbols of a part. */
+static inline __attribute__((always_inline)) int64_t by_parts(
+    const uint8_t *raw, int64_t groups, int many, int size, uint64_t q, uint8_t *out)
+{
+    static _Thread_local uint8_t table[LONGEST][8];
+    uint64_t by = q * q, limit = q, inverse;
+    int k = 2, parts;
+    int64_t g = 0;
+    if (by > LONGEST || groups * many < LONGEST)
+        return divided(raw, 0, groups, many, size, q, out);
+    while (by * q <= LONGEST && k < 8) {
+        by *= q;
+        k++;
+    }
+    parts = (many - 1) / k;
+    for (int i = 1; i < many - parts * k; i++)
+        limit *= q;
+    for (uint64_t value = 0; value < by; value++) {
+        uint64_t rest = value;
+        for (int i = 0; i < 8; i++) {
+            table[value][i] = (uint8_t)(rest % q);
+            rest /= q;
+        }
+    }
+    inverse = UINT64_MAX / by;
+    for (; g < groups - 8; g++) { /* eight bytes at a time: what is too much is overwritten by the next */
+        uint64_t value = load_inside(raw + g * size, size);
+        uint8_t *to = out + g * many;
+        for (int i = 0; i < parts; i++) {
+            uint64_t next = divide(&value, by, inverse);
+            memcpy(to + i * k, table[value], 8);
+            value = next;
+        }
+        if (value >= limit)
+            return g;
+        memcpy(to + parts * k, table[value], 8);
+    }
+    return divided(raw, g, groups, many, size, q, out);
 }
 
 /* Returns `groups`, or the first group whose number is q^many or more: no writer makes it. */
@@ -144,13 +199,13 @@ FAST API int64_t tc_unpack_symbols(const uint8_t *raw, int64_t groups, int many,
         return groups;
     }
     switch (size) {
-    case 2: return divided(raw, groups, many, 2, (uint64_t)q, out);
-    case 3: return divided(raw, groups, many, 3, (uint64_t)q, out);
-    case 4: return divided(raw, groups, many, 4, (uint64_t)q, out);
-    case 5: return divided(raw, groups, many, 5, (uint64_t)q, out);
-    case 6: return divided(raw, groups, many, 6, (uint64_t)q, out);
-    case 7: return divided(raw, groups, many, 7, (uint64_t)q, out);
-    default: return divided(raw, groups, many, 8, (uint64_t)q, out);
+    case 2: return by_parts(raw, groups, many, 2, (uint64_t)q, out);
+    case 3: return by_parts(raw, groups, many, 3, (uint64_t)q, out);
+    case 4: return by_parts(raw, groups, many, 4, (uint64_t)q, out);
+    case 5: return by_parts(raw, groups, many, 5, (uint64_t)q, out);
+    case 6: return by_parts(raw, groups, many, 6, (uint64_t)q, out);
+    case 7: return by_parts(raw, groups, many, 7, (uint64_t)q, out);
+    default: return by_parts(raw, groups, many, 8, (uint64_t)q, out);
     }
 }
 
@@ -188,6 +243,13 @@ FAST API int64_t tc_unpack_symbols(const uint8_t *raw, int64_t groups, int many,
         for (; i < whole; i++) {                                                                                                  \
             uint64_t bit = (uint64_t)i * (uint64_t)width;                                                                         \
             out[i] = (TYPE##_t)(load(raw + (bit >> 3), 8) >> (bit & 7) & mask);                                                   \
+        }                                                                                                                         \
+        int64_t nine = length >= 9 ? (length - 9) * 8 / width : 0; /* and those that a ninth holds */                             \
+        for (; i < nine; i++) {                                                                                                   \
+            uint64_t bit = (uint64_t)i * (uint64_t)width;                                                                         \
+            const uint8_t *from = raw + (bit >> 3);                                                                               \
+            uint64_t high = ((uint64_t)from[8] << 1) << (63 - (bit & 7));                                                         \
+            out[i] = (TYPE##_t)((load(from, 8) >> (bit & 7) | high) & mask);                                                      \
         }                                                                                                                         \
         for (; i < n; i++) {                                                                                                      \
             uint64_t bit = (uint64_t)i * (uint64_t)width;                                                                         \
