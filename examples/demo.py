@@ -1,4 +1,4 @@
-"""The main job: three methods on MNIST-5k, 50 clients with unlike labels, compared in one table and one report.
+"""The main job: four methods on MNIST-5k, 50 clients with unlike labels, compared in one table and one report.
 
 Run: make demo, or python examples/demo.py [--rounds N] [--out FOLDER]
 """
@@ -16,8 +16,12 @@ import taciturn
 from taciturn.report import human_bytes, summary
 from taciturn.report.read import read_run
 
-METHODS = ("mnist", "mnist-fedadam", "mnist-float16")
-LABELS = {"mnist": "FedAvg", "mnist-fedadam": "FedAdam", "mnist-float16": "FedAvg, float16 both ways"}
+LABELS = {
+    "mnist": "FedAvg",
+    "mnist-fedadam": "FedAdam",
+    "mnist-float16": "FedAvg, float16 both ways",
+    "mnist-quantize4": "FedAvg, 4 bits up, 8 down",
+}
 
 
 def main() -> None:
@@ -27,7 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     options = parser.parse_args()
     folders = []
-    for name in METHODS:
+    for name in LABELS:
         folder = options.out / name
         shutil.rmtree(folder, ignore_errors=True)
         experiment = taciturn.recipe(name).replace(rounds=options.rounds, name=LABELS[name])

@@ -120,7 +120,7 @@ def test_no_inheritance_among_parts():
 
 
 def test_exported_names_are_sorted_complete_and_there():
-    for name in ("", *ROOMS, "tasks.data", "tasks.models", "report", "advisor", "engines", "solvers.schedules"):
+    for name in ("", *ROOMS, "tasks.data", "tasks.models", "advisor", "report", "engines", "solvers.schedules"):
         module = importlib.import_module(f"taciturn.{name}".rstrip("."))
         assert list(module.__all__) == sorted(module.__all__), name
         for exported in module.__all__:

@@ -18,10 +18,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from taciturn.advisor import STUDIES, parse_bytes, split_list
 from taciturn.advisor import advise as advise_on
-from taciturn.advisor import parse_bytes, split_list
 from taciturn.advisor import show as show_advice
-from taciturn.core.errors import AllClientsFailed, RunError, TaciturnError, unknown
+from taciturn.core.errors import AllClientsFailed, ConfigError, RunError, TaciturnError, unknown
 from taciturn.experiment import config
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.preview import preview
@@ -47,7 +47,7 @@ def _experiment(source: str, settings: list[str] | None, data: str, **changes: A
     elif source in RECIPES:
         table = config.to_table(recipe(source, data))
     else:
-        raise unknown("recipe", source, RECIPES)
+        raise unknown("recipe", source, [*RECIPES, *STUDIES])
     for text in settings or []:
         config.set_path(table, *config.parse_setting(text))
     table |= {name: value for name, value in changes.items() if value is not None}
@@ -62,6 +62,11 @@ def list_parts() -> None:
     for name, function in RECIPES.items():
         table.add_row(name, (function.__doc__ or "").split("\n")[0])
     out.print(table)
+    studies = Table("study", "what it is", box=None, header_style="bold")
+    for name, study in STUDIES.items():
+        studies.add_row(name, (study.__doc__ or "").split("\n")[0])
+    out.print()
+    out.print(studies)
     parts = Table("field", r"parts (TOML: \[method.FIELD] name = ..)", box=None, header_style="bold")
     for kind, names in config.PARTS.items():
         parts.add_row(kind, ", ".join(names))
@@ -77,7 +82,7 @@ def show(source: Source, settings: Settings = None, data: Data = "") -> None:
 
 @app.command()
 def run(
-    source: Annotated[str, typer.Argument(help="a recipe or a TOML file; not needed with --resume")] = "",
+    source: Annotated[str, typer.Argument(help="a recipe, a study or a TOML file; not needed with --resume")] = "",
     settings: Settings = None,
     data: Data = "",
     engine: Annotated[str | None, typer.Option(help="auto, sequential, loopback, stacked or ray")] = None,
@@ -89,8 +94,12 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a progress bar")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="sizes, bytes, memory and time; no training")] = False,
 ) -> None:
-    """Train: a recipe or a TOML file, with any value changed."""
+    """Train a recipe or a TOML file, with any value changed; or run a study."""
     changes = {"engine": engine, "rounds": rounds, "seed": seed, "checkpoint_every": checkpoint_every}
+    if source in STUDIES:
+        given = {"data": data or None, "resume": resume, "dry_run": dry_run or None} | changes | {"seed": None}
+        _study(source, settings, {name for name, value in given.items() if value is not None}, seed, folder, as_json)
+        return
     if resume is not None:
         read_header(resume)
         experiment = _experiment(str(resume / "config.toml"), settings, data, **changes)
@@ -115,10 +124,26 @@ def run(
         _print_summary(summary)
 
 
-def _fresh(path: Path) -> Path:
+def _study(
+    name: str, settings: list[str] | None, unfit: set[str], seed: int | None, folder: Path | None, as_json: bool
+) -> None:
+    """A study of the advisor: it takes --set, --seed, --out and --json."""
+    if unfit:
+        options = ", ".join(sorted(f"--{option.replace('_', '-')}" for option in unfit))
+        raise ConfigError(f"{name} is a study and takes --set, --seed, --out and --json; got {options}")
+    values = dict(config.parse_setting(text) for text in settings or []) | ({} if seed is None else {"seed": seed})
+    place = folder or _fresh(Path("runs") / f"{name}-{values.get('seed', 0)}", "study.json")
+    summary = STUDIES[name](place, values, lambda line: None if as_json else err.print(escape(line), soft_wrap=True))
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        _print_summary(summary)
+
+
+def _fresh(path: Path, holds: str = "run.json") -> Path:
     """runs/NAME-SEED, or the first runs/NAME-SEED.K that is free."""
     number, place = 1, path
-    while (place / "run.json").exists():
+    while (place / holds).exists():
         number += 1
         place = path.with_name(f"{path.name}.{number}")
     return place

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 import taciturn
 from conftest import make_federation
+from taciturn import codecs
 from taciturn.core.errors import ConfigError, UnknownName
 from taciturn.experiment import config
 from taciturn.experiment.recipes import RECIPES, check_data, recipe
@@ -30,11 +31,33 @@ def test_every_part_survives_toml():
         for name in config.PARTS[kind]:
             extra = {"participation": {"count": 3}, "partition": {"personal": "head"}}.get(kind, {})
             extra = {} if name in ("all", "full") else extra
-            table = base | {"method": base["method"] | {kind: {"name": name, **extra}}}
-            experiment = config.from_table(table)
+            method = base["method"] | {kind: {"name": name, **extra}}
+            if name == "running":
+                method["codec"] = {"name": "difference", "codec": "top_k", "alpha": 1.0, "memory": "mean"}
+            experiment = config.from_table(base | {"method": method})
             assert config.from_table(config.to_table(experiment)) == experiment
             seen += 1
-    assert seen >= 18
+    assert seen >= 40
+
+
+def test_codecs_within_codecs():
+    """Their fields are codecs whatever the fields are called; a name is enough; paths reach into them."""
+    table = config.to_table(recipe("quickstart"))
+    inner = {"name": "chain", "codec": {"name": "top_k", "k": 5}, "then": "quantize"}
+    table["method"]["codec"] = {"name": "per_tensor", "codec": inner, "other": "cast", "least": 50}
+    codec = config.from_table(table).method.codec
+    expected = codecs.per_tensor(codecs.chain(codecs.top_k(k=5), codecs.quantize()), codecs.cast(), least=50)
+    assert codec == expected
+    table = config.to_table(config.from_table(table))
+    config.set_path(table, "method.codec.codec.then.bits", 3)
+    config.set_path(table, "method.codec.other", "quantize8")
+    codec = config.from_table(table).method.codec
+    assert codec.codec.then == codecs.quantize(bits=3) and codec.other == codecs.quantize8()
+    with pytest.raises(UnknownName, match=r"method\.codec\.codec\.then: there is no codec 'quantise'"):
+        config.set_path(table, "method.codec.codec.then", "quantise")
+        config.from_table(table)
+    with pytest.raises(UnknownName, match=r"no field 'bitz'"):
+        config.set_path(table, "method.codec.other.bitz", 3)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,12 @@ def fields_of(part: Part) -> dict[str, Any]:
     return {name: hints.get(name, Any) for name in inspect.signature(part).parameters}
 
 
+# field -> the table of parts that it takes its value from: that of its name, or codecs for any other field of codecs
+KINDS = {name: name for name in PARTS} | {
+    name: "codec" for part in PARTS["codec"].values() for name, hint in fields_of(part).items() if hint is Codec
+}
+
+
 # ------------------------------------------------------------------------------------------------ records -> table
 
 
@@ -79,14 +85,12 @@ def to_table(experiment: Experiment) -> dict[str, Any]:
 
 def _plain(kind: str, value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = fields_of(type(value))
-        fields = (f.name for f in dataclasses.fields(value) if f.init)
-        table = {name: _plain(_kind(name, hints[name]), getattr(value, name)) for name in fields}
+        table = {f.name: _plain(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         table = {name: item for name, item in table.items() if item is not None}
         if kind in RECORDS:
             return table
         name = type(value).__name__
-        if PARTS.get(kind, {}).get(name) is not type(value):
+        if PARTS.get(KINDS.get(kind, ""), {}).get(name) is not type(value):
             return {"name": CUSTOM, "class": f"{type(value).__module__}.{name}"}
         return {"name": name, **table}
     if isinstance(value, (list, tuple)):
@@ -126,11 +130,6 @@ def from_table(table: Mapping[str, Any]) -> Experiment:
     return experiment
 
 
-def _kind(name: str, hint: Any) -> str:
-    """The table of parts that a field takes its value from: that of its name, or `codec` for any other field of codecs."""
-    return "codec" if hint is Codec else name
-
-
 def _example(kind: str) -> str:
     return {"data": "digits", "model": "mlp"}[kind]
 
@@ -158,11 +157,10 @@ def _call(part: Part, known: Mapping[str, Any], table: Mapping[str, Any], path: 
         place = f"{path}.{name}" if path else name
         if name not in known:
             raise unknown("field", name, known, path)
-        kind = _kind(name, known[name])
         if name in RECORDS and isinstance(value, Mapping):
             arguments[name] = _call(RECORDS[name], fields_of(RECORDS[name]), value, place)
-        elif kind in PARTS:
-            arguments[name] = build_part(kind, value, place)
+        elif name in KINDS:
+            arguments[name] = build_part(KINDS[name], value, place)
         else:
             arguments[name] = _value(known[name], value, place)
     try:
@@ -216,7 +214,7 @@ def set_path(table: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
             if last and name == wanted:
                 node[name] = value
                 break
-            if name in PARTS and isinstance(node[name], str):
+            if name in KINDS and isinstance(node[name], str):
                 node[name] = {"name": node[name]}
             node = node[name]
     return table
@@ -227,7 +225,7 @@ def _route(node: dict[str, Any], wanted: str, walked: list[str], last: bool) -> 
     if wanted in node:
         return [wanted]
     kind = walked[-1] if walked else ""
-    part = PARTS.get(kind, {}).get(node.get("name", ""), RECORDS.get(kind, None if walked else Experiment))
+    part = PARTS.get(KINDS.get(kind, ""), {}).get(node.get("name", ""), RECORDS.get(kind, None if walked else Experiment))
     allowed = fields_of(part) if part is not None else {}
     if last and wanted in allowed:
         return [wanted]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from taciturn import participation, server, solvers, sync
-from taciturn.codecs import cast
+from taciturn.codecs import cast, error_feedback, quantize4, quantize8, top_k
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, unknown
 from taciturn.experiment.experiment import Experiment
@@ -50,6 +50,20 @@ def mnist_float16(path: str) -> Experiment:
     return experiment.replace(method=method, name="mnist-float16")
 
 
+def mnist_quantize4(path: str) -> Experiment:
+    """FedAvg with 4 bits a value up and 8 down."""
+    experiment = mnist(path)
+    method = experiment.method.replace(codec=quantize4(), broadcast=Broadcast(quantize8("block")))
+    return experiment.replace(method=method, name="mnist-quantize4")
+
+
+def mnist_top_k(path: str) -> Experiment:
+    """FedAvg with the largest hundredth of the values up, what is left out added later, and 8 bits down."""
+    experiment = mnist(path)
+    method = experiment.method.replace(codec=error_feedback(top_k(share=0.01)), broadcast=Broadcast(quantize8("block")))
+    return experiment.replace(method=method, name="mnist-top-k")
+
+
 def fashion(path: str) -> Experiment:
     """FedAvg on Fashion-MNIST (Debian package dataset-fashion-mnist, or a folder): 100 clients, 10 a round."""
     source = data.fashion(path=path or None, clients=100, split=data.dirichlet(alpha=0.3, min_partition_size=10))
@@ -86,14 +100,24 @@ def air(path: str) -> Experiment:
     return Experiment(task, method.replace(sync=sync.every(steps=100)), rounds=20, name="air")
 
 
+def least_squares_rounds(path: str) -> Experiment:
+    """Least squares with a known solution: ten clients, one step a round, 400 rounds; change the codec and look."""
+    task = TaskSpec(data.least_squares(d=20, clients=10, samples=500), linear())
+    method = Method(sync=sync.every(steps=1), solver=solvers.sgd(lr=0.01), batch_size=1)
+    return Experiment(task, method, rounds=400, name="least-squares-rounds", evaluate_every=50, checkpoint_every=100)
+
+
 RECIPES: dict[str, Recipe] = {
     "activity": activity,
     "air": air,
     "fashion": fashion,
     "heart": heart,
+    "least-squares-rounds": least_squares_rounds,
     "mnist": mnist,
     "mnist-fedadam": mnist_fedadam,
     "mnist-float16": mnist_float16,
+    "mnist-quantize4": mnist_quantize4,
+    "mnist-top-k": mnist_top_k,
     "quickstart": quickstart,
     "turbofan": turbofan,
 }

@@ -7,6 +7,7 @@ from taciturn.tasks.data.files import folder, table
 from taciturn.tasks.data.real import activity, air, heart, turbofan
 from taciturn.tasks.data.sources import digits, fashion, mnist5k
 from taciturn.tasks.data.splits import dirichlet, iid, shards
+from taciturn.tasks.data.synthetic import least_squares
 
 __all__ = [
     "activity",
@@ -17,6 +18,7 @@ __all__ = [
     "folder",
     "heart",
     "iid",
+    "least_squares",
     "mnist5k",
     "shards",
     "table",
