@@ -1,4 +1,4 @@
-"""taciturn ls | show | run | report.
+"""taciturn ls | show | run | advise | report.
 
 Exit codes: 0 done; 1 the run failed (its last checkpoint is kept); 2 wrong input (a name, a value, data, a model);
 3 the run folder cannot be used (locked, another version, disk full); 130 interrupted (resume with --resume).
@@ -18,7 +18,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from taciturn.advisor import STUDIES
+from taciturn.advisor import STUDIES, parse_bytes, split_list
+from taciturn.advisor import advise as advise_on
+from taciturn.advisor import show as show_advice
 from taciturn.core.errors import AllClientsFailed, ConfigError, RunError, TaciturnError, unknown
 from taciturn.experiment import config
 from taciturn.experiment.experiment import Experiment
@@ -145,6 +147,30 @@ def _fresh(path: Path, holds: str = "run.json") -> Path:
         number += 1
         place = path.with_name(f"{path.name}.{number}")
     return place
+
+
+@app.command()
+def advise(
+    source: Source,
+    budget: Annotated[str, typer.Option(help="bytes that all clients together may send up, for example 20MB")] = "",
+    link: Annotated[float | None, typer.Option(help="Mbit/s of a client's link, each way: rank by time")] = None,
+    latency: Annotated[float, typer.Option(help="milliseconds a round, with --link")] = 0.0,
+    codecs: Annotated[str, typer.Option(help="codecs to compare: quantize8,rand_k(share=0.25),..")] = "",
+    pilot: Annotated[int | None, typer.Option(help="rounds of the pilot")] = None,
+    settings: Settings = None,
+    data: Data = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
+) -> None:
+    """Predict which codec suits this task, from a short pilot run."""
+    experiment = _experiment(source, settings, data)
+    check_data(experiment, source)
+    spent = parse_bytes(budget) if budget else None
+    names = split_list(codecs) if codecs else None
+    advice = advise_on(experiment, codecs=names, budget=spent, mbit=link, latency=latency / 1000, pilot_rounds=pilot)
+    if as_json:
+        print(json.dumps(advice.table()))
+    else:
+        out.print(show_advice(advice))
 
 
 @app.command()

@@ -1,0 +1,253 @@
+"""A short run of the user's own method, and a sample of what its clients would send where it ends.
+
+Symbols: N clients, M a round; d shared parameters; x [d] where the pilot ends; u_ir [d] message r of client i: the drift
+after its local steps, from x, before any codec; m_i = mean_r u_ir; w_i weight of client i in the average.
+The messages are drawn as the deployed method would make them: its batch size, its local steps, its solver. Each draw of
+all sampled clients has a key of its own, so minibatches are independent between draws. Nothing is sent anywhere and no
+client keeps anything of it; the cost is stated in `Pilot.cost`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from taciturn.advisor.curvature import Curvature
+from taciturn.client import Work
+from taciturn.codecs import identity
+from taciturn.core import random
+from taciturn.core.broadcast import Broadcast
+from taciturn.core.errors import ConfigError, MethodError, RunError, require
+from taciturn.core.random import Key
+from taciturn.core.state import State
+from taciturn.core.types import OK, Aggregator, Block, Cast
+from taciturn.core.vector import Vector
+from taciturn.engines import LocalEngine, build
+from taciturn.engines.crew import Alone
+from taciturn.engines.modes import trainer
+from taciturn.experiment.experiment import Experiment
+from taciturn.experiment.runner import prepare
+from taciturn.method import Method
+from taciturn.round import ServerState, fed_round, plan_round
+
+CLIENTS = 40  # clients that are sampled at most
+MESSAGES = 320  # messages in all
+VALUES = 200_000_000  # floats of all messages (0.8 GB)
+FEWEST = 24  # messages below which nothing is predicted
+SAMPLES = 2048  # samples of the curvature
+
+
+@dataclass(frozen=True, slots=True)
+class kept:
+    """Weights of another aggregator, and updates that arrive one by one: the pilot looks at each of them."""
+
+    linear: ClassVar[bool] = False
+    of: Aggregator
+
+    def weigh(self, sizes: Tensor) -> Tensor:
+        """The other aggregator's."""
+        return self.of.weigh(sizes)
+
+    def init(self, x: Vector) -> State:
+        """No state."""
+        return {}
+
+    def start(self, state: State, x: Vector) -> Any:
+        """Never asked: the pilot applies nothing."""
+        raise NotImplementedError
+
+    add = finish = start
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What the advisor knows of a task.
+
+    messages [n, d]; client [n]: which of the S sampled clients sent each; weights [S], sum 1; curve [P + 1]: training loss
+    after 0 .. P pilot rounds, on the samples of the curvature; steps: local steps of a
+    round, mean; gamma: step size of a local step; cohort: messages averaged in a round, as an effective number; share:
+    cohort over all clients; whole: all clients were sampled; bytes_down: of a client and round; overhead:
+    bytes up beside the packed update (frame, statistics); cost: what the pilot took, as a record.
+    """
+
+    x: Vector
+    messages: Tensor
+    client: Tensor
+    weights: Tensor
+    curve: Tensor
+    curvature: Curvature = field(repr=False)
+    steps: float
+    gamma: float
+    gamma_note: str
+    decay: float
+    cohort: float
+    share: float
+    cohort_clients: int
+    whole: bool
+    bytes_down: float
+    overhead: float
+    seconds_round: float
+    cost: dict[str, float]
+
+    @property
+    def d(self) -> int:
+        """Shared parameters."""
+        return len(self.x)
+
+    @property
+    def loss(self) -> float:
+        """Training loss where the pilot ended."""
+        return float(self.curve[-1])
+
+
+def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int = MESSAGES) -> Pilot:
+    """Train `rounds` rounds without compression (a quarter of the experiment's, 2 to 10, unless given), then sample.
+
+    Errors: `ConfigError`, `DataError`, `ModelError` of the experiment; `ConfigError` for a model whose messages do not fit
+    in memory; `RunError` if the pilot diverges.
+    """
+    rounds = max(2, min(10, experiment.rounds // 4)) if rounds is None else rounds
+    require(rounds >= 1, f"--pilot: at least 1 round; got {rounds}")
+    began = time.perf_counter()
+    run = prepare(experiment.replace(method=experiment.method.replace(codec=identity()), evaluate_on="train"))
+    work, sizes, method, key = run.work, run.task.train.sizes, run.experiment.method, run.key
+    ids = _sampled(len(sizes), random.fold(key, "pilot"))
+    draws = _draws(work.split.layout.d, len(ids), messages)
+    with closing(run.engine.crew):
+        path, server, seconds, (up, down), cohort = _train(run, rounds)
+        sent, client = _draw(run.engine, work, server, method, ids, draws, key, experiment)
+    weights = method.aggregator.weigh(sizes)
+    curvature = _curvature(work, server.x, ids, weights[ids], random.fold(key, "curvature"))
+    curve = torch.tensor([replace(curvature, x=x).loss() for x in path], dtype=torch.float64)
+    plan, _ = plan_round(server.round, ids, sizes[ids], method)
+    share = weights[ids].to(torch.float64) / weights[ids].to(torch.float64).sum()
+    steps = float((plan.limit * share).sum())
+    gamma, note = _step_size(method, plan.lr_scale, sent.mean(0), curvature, steps)
+    effective = float(weights.sum() ** 2 / weights.square().sum()) * cohort / len(sizes)
+    cost = {"rounds": float(rounds), "messages": float(len(sent)), "samples": float(len(curvature.weights))}
+    cost |= {"seconds": time.perf_counter() - began}
+    decay = float(getattr(method.solver, "weight_decay", 0.0))
+    return Pilot(
+        server.x, sent, client, share, curve, curvature, steps, gamma, note, decay, effective,
+        cohort / len(sizes), cohort, len(ids) == len(sizes), down,
+        up - work.split.x0.element_size() * work.split.layout.d, seconds, cost,
+    )  # fmt: skip
+
+
+def _draws(d: int, clients: int, messages: int) -> int:
+    """Messages of each client. Errors: `ConfigError` with the remedy where too few fit in memory."""
+    require(d > 0, "advise: the method shares no values (method.partition), so there is nothing to compress")
+    most = VALUES // d
+    if most < max(FEWEST, 2 * clients):
+        raise ConfigError(
+            f"advise: the model shares {d} values; a sample of {max(FEWEST, 2 * clients)} messages does not fit the memory "
+            f"that the advisor allows itself (at most {VALUES // max(FEWEST, 2 * clients)} values). Share less "
+            "(method.partition), or advise a smaller model of the same kind"
+        )
+    return max(2, math.ceil(FEWEST / clients), min(messages, most) // clients)
+
+
+def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, tuple[float, float], int]:
+    """-> models along the way, server, seconds of the fastest round, bytes of a client in the last (up, down), cohort."""
+    server, sizes, method = run.server, run.task.train.sizes, run.experiment.method
+    path, seconds, cohort, kinds = [server.x], [], 0, {}
+    for r in range(rounds):
+        key = random.fold(run.key, "round", r)
+        ids = method.participation.draw(r, key, torch.ones(len(sizes), dtype=torch.bool))
+        start, cohort = time.perf_counter(), len(ids)
+        server, _ = fed_round(server, ids, sizes[ids], method, run.engine, run.work.split.layout, key)
+        seconds.append(time.perf_counter() - start)
+        path.append(server.x)
+        kinds = run.engine.post.ledger.close_round()["by_kind"]
+    if not torch.isfinite(server.x).all():
+        raise RunError("advise: the pilot diverged without compression; lower method.solver.lr")
+    sent = [
+        sum(e["payload"] + e["frame"] for k, e in kinds.items() if k.startswith(way) and not k.endswith("/setup")) / cohort
+        for way in ("up/", "down/")
+    ]
+    return path, server, min(seconds), (sent[0], sent[1]), cohort
+
+
+def _sampled(n: int, key: Key) -> Tensor:
+    return torch.arange(n) if n <= CLIENTS else random.choice(key, n, CLIENTS).sort().values
+
+
+def _draw(
+    engine: LocalEngine,
+    work: Work,
+    server: ServerState,
+    method: Method,
+    ids: Tensor,
+    draws: int,
+    key: Key,
+    experiment: Experiment,
+) -> tuple[Tensor, Tensor]:
+    """-> messages [n, d] float32, client [n]: each sampled client `draws` times, from x, with keys of each draw's own."""
+    single = method.replace(aggregator=kept(method.aggregator), broadcast=Broadcast(identity()))
+    cast = Cast(0, server.round, {"x": server.x}, ((0, {"values": server.x}),))
+    plan, stride = plan_round(server.round, ids, work.task.train.sizes[ids], single)
+    rows: list[Tensor] = []
+    owners: list[Tensor] = []
+    name = "stacked" if experiment.engine == "ray" else experiment.engine
+    other, path = build(name, work, single, key, block=experiment.block)
+    other.store.write(ids, engine.store.read(ids))
+    for r in range(draws):
+        other.crew = Alone(trainer(work, single.sync, single.batch_size, random.fold(key, "pilot", r), path))
+        for block in _messages(other, cast, plan, stride, single, server):
+            good = block.status == OK
+            rows.append(block.updates[good].to(torch.float32).cpu())
+            owners.append(torch.searchsorted(ids, block.ids[good]))
+    sent, client = torch.cat(rows), torch.cat(owners)
+    if len(sent) < FEWEST or int((torch.bincount(client, minlength=len(ids)) == 0).sum()):
+        raise RunError(
+            f"advise: {len(sent)} of {draws * len(ids)} messages of the pilot are finite; lower method.solver.lr, or set "
+            "its clip"
+        )
+    return sent, client
+
+
+def _messages(engine: LocalEngine, cast: Cast, plan: Any, stride: int, method: Method, server: ServerState) -> list[Block]:
+    """Local training as in `fed_round`, up to the uploads; nothing is committed."""
+    engine.begin(cast, plan, server.sync)
+    done, stop = 0, False
+    while not stop:
+        seen = engine.advance(stride)
+        done += 1
+        stop = not seen.live.any() or method.sync.stop(seen, done, server.sync)
+    return list(engine.collect())
+
+
+def _curvature(work: Work, x: Vector, ids: Tensor, weights: Tensor, key: Key) -> Curvature:
+    """Up to SAMPLES training samples, as many of each client as its weight asks for."""
+    sizes = work.task.train.sizes[ids]
+    share = weights / weights.sum()
+    counts = torch.minimum(sizes, (SAMPLES * share).ceil().to(torch.int64).clamp(min=1))
+    parts, importance = [], []
+    for place, (i, n, size) in enumerate(zip(ids.tolist(), counts.tolist(), sizes.tolist(), strict=True)):
+        index = random.choice(random.fold(key, i), size, n).unsqueeze(0)
+        step = random.fold(key, "fetch", torch.tensor([i]))
+        parts.append({name: t[0] for name, t in work.task.train.fetch(torch.tensor([i]), index, step).items()})
+        importance.append(torch.full((n,), float(share[place]) / n))
+    batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Curvature(work, x, batch, torch.cat(importance))
+
+
+def _step_size(method: Method, scale: float, mean: Vector, curvature: Curvature, steps: float) -> tuple[float, str]:
+    """The gamma for which a local step moves like y - gamma g."""
+    plain = method.solver.affine()
+    if plain is not None and plain[1] == 0.0:
+        return plain[0] * scale, "the solver's lr"
+    gradient = curvature.gradient()
+    fitted = -float(mean @ gradient) / (steps * float(gradient @ gradient))
+    if fitted <= 0:
+        raise MethodError(
+            "advise: at the end of the pilot the clients' mean message does not point down the training loss; run more "
+            "pilot rounds (--pilot), or lower method.solver.lr"
+        )
+    return fitted, "fitted to the messages (the solver is not plain SGD)"
