@@ -50,6 +50,8 @@ CODECS: dict[str, Codec] = {
     "quantize8-block": codecs.quantize8("block"),
     "quantize4": codecs.quantize4(),
     "quantize4-block": codecs.quantize4("block"),
+    "quantize8-nearest": codecs.quantize(bits=8, scale="block", block=4096, rounding="nearest"),
+    "quantize4-nearest": codecs.quantize(bits=4, scale="block", block=64, rounding="nearest"),
     "quantize2": codecs.quantize2(),
     "qsgd": codecs.qsgd(levels=16),
     "sign": codecs.sign(),

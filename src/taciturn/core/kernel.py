@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -27,6 +28,7 @@ from taciturn.core import eager
 from taciturn.core.errors import WireError
 
 NORMS = ("max", "l2", "mean")
+NEEDED = "tc_kernels_1"  # a name that the library exports; it counts up when a kernel comes, goes or changes
 _forced: list[None] = []
 
 
@@ -34,9 +36,14 @@ _forced: list[None] = []
 def _load() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("_native*.so")):
         try:
-            return ctypes.CDLL(str(path))
+            found = ctypes.CDLL(str(path))
         except OSError:
             continue
+        if getattr(found, NEEDED, None) is not None:
+            return found
+        warnings.warn(
+            f"{path} was built from an older source; install taciturn again, until then torch does its work", stacklevel=2
+        )
     return None
 
 
