@@ -150,7 +150,7 @@ def test_what_was_lost_is_not_believed(task):
 
 
 def distance(task, codec, rounds: int, lr: float = 0.3, **parts) -> float:
-    xs, _, _, _ = drive(task, method(lr, codec=codec, **parts), rounds)
+    xs, _, _, _ = drive(task, method(lr, codec=codec, **parts), rounds, engine="stacked")
     return float((xs[-1] - B.double().mean(0)).norm())
 
 
