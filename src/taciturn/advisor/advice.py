@@ -325,7 +325,8 @@ def show(advice: Advice) -> Group:
     headings = ["", "codec", "bytes", "rounds", "step", "loss (90 %)", "Q (90 %)", *(["to target"] if linked else [])]
     table = Table(box=None, header_style="bold")
     for heading in headings:
-        table.add_column(heading, no_wrap=heading != "codec")
+        wide = heading in ("loss (90 %)", "Q (90 %)")  # these give way where the terminal is narrow
+        table.add_column(heading, no_wrap=not wide, min_width=None if wide else len(heading))
     for place, row in enumerate(advice.ranked, 1):
         mark = "tie" if row.name in advice.tied or (advice.tied and place == 1) else str(place)
         loss, ratio = _span(row.loss, row.low, row.high), _span(row.ratio, row.ratio_low, row.ratio_high)
