@@ -122,9 +122,9 @@ def _accuracy(work: Workload, model: nn.Module) -> float:
 
 
 class Bench:
-    """One workload on one path of the engine."""
+    """One workload on one path of the engine. parts: of the method, other than the defaults."""
 
-    def __init__(self, work: Workload, path: str, workers: int = 1) -> None:
+    def __init__(self, work: Workload, path: str, workers: int = 1, **parts: Any) -> None:
         x, y = _images(sum(work.sizes))
         began = time.perf_counter()
         x = _shaped(x, work.shape)
@@ -134,7 +134,7 @@ class Bench:
         own = {"forward": lambda model, batch: model(batch["input"])} if path == VMAP else {}  # not traced, so not stacked
         task = Task(work.model, Federation(clients, "classification", 10), **own).build(0)
         self.method = Method(
-            participation=participation.uniform(count=work.cohort), solver=work.solver, batch_size=work.batch
+            participation=participation.uniform(count=work.cohort), solver=work.solver, batch_size=work.batch, **parts
         )
         self.split = self.method.partition.split(task.model, task.tracked)
         built = Work(task, self.split, work.solver, self.method.codec)
