@@ -77,6 +77,10 @@ def test_narrow(brain):
         a, b = both(lambda u=u: kernel.narrow(u, brain))
         assert torch.equal(a.isnan(), u.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
         assert torch.equal(a.isinf(), u.isinf())
+        kernel.library().tc_portable(1)
+        portable = kernel.narrow(u, brain)
+        kernel.library().tc_portable(0)
+        assert torch.equal(a.view(torch.int16), portable.view(torch.int16)), "NaN too"
 
 
 def runs_of(d: int):

@@ -189,7 +189,55 @@ API void tc_dequantize(const uint8_t *codes, const float *steps, int q, const in
             values_of(codes + at, runs[2 * r + 1], *steps, middle, out + at);
 }
 
+/* ------------------------------------------------------------------------------------------- what some machines have */
+
+static int portable; /* 1: leave the instructions alone that only some machines have; for tests */
+
+API void tc_portable(int on)
+{
+    portable = on;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define WIDE __attribute__((target("avx512f,avx512dq")))
+
+static int wide(void)
+{
+    return !portable && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+}
+#else
+static int wide(void)
+{
+    return 0;
+}
+#endif
+
 /* ------------------------------------------------------------------------------------------------------------ cast */
+
+#ifdef WIDE
+/* The same to float16 for whole groups of sixteen -> how far it came. */
+WIDE static int64_t halves_wide(const float *u, int64_t n, uint16_t *out)
+{
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), infinite = _mm512_set1_epi32(0x7F800000);
+    const __m512 most = _mm512_set1_ps(65504.0f), least = _mm512_set1_ps(-65504.0f);
+    int64_t a = 0;
+    for (; a + 16 <= n; a += 16) {
+        __m512 x = _mm512_loadu_ps(u + a);
+        __m512i bits = _mm512_castps_si512(x), size = _mm512_and_si512(bits, magnitude);
+        __mmask16 finite = _mm512_cmplt_epi32_mask(size, infinite), nan = _mm512_cmpgt_epi32_mask(size, infinite);
+        x = _mm512_mask_min_ps(x, finite, x, most);
+        x = _mm512_mask_max_ps(x, finite, x, least);
+        bits = _mm512_mask_or_epi32(_mm512_castps_si512(x), nan, _mm512_andnot_si512(magnitude, bits),
+                                    _mm512_set1_epi32(0x7FC00000));
+        __m256i half = _mm512_cvtps_ph(_mm512_castsi512_ps(bits), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm256_storeu_si256((__m256i *)(void *)(out + a), half);
+    }
+    return a;
+}
+#else
+#define halves_wide(...) 0
+#endif
 
 /* a where the condition holds, else b; a conditional expression would become a branch here, and the loop would stay scalar. */
 static inline __attribute__((always_inline)) uint32_t pick(int condition, uint32_t a, uint32_t b)
@@ -212,7 +260,7 @@ FAST API void tc_narrow(const float *restrict u, int64_t n, int kind, uint16_t *
         }
         return;
     }
-    for (int64_t a = 0; a < n; a += CHUNK) {
+    for (int64_t a = wide() ? halves_wide(u, n, out) : 0; a < n; a += CHUNK) {
         int64_t width = n - a < CHUNK ? n - a : CHUNK;
         /* below the smallest normal (2^-14): by adding one half, whose last place is the distance of two subnormals */
         float shifted[CHUNK];
@@ -238,13 +286,6 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static int portable; /* 1: leave the instructions alone that only some machines have; for tests */
-
-API void tc_portable(int on)
-{
-    portable = on;
-}
-
 /* Sixteen words at a time: bit i says whether word at + i, without its last bit, is in from .. to. */
 static inline __attribute__((always_inline)) uint32_t chosen(uint64_t key, uint64_t at, int n, uint64_t from, uint64_t to)
 {
@@ -254,10 +295,7 @@ static inline __attribute__((always_inline)) uint32_t chosen(uint64_t key, uint6
     return mask;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define WIDE __attribute__((target("avx512f,avx512dq")))
-
+#ifdef WIDE
 WIDE static inline __attribute__((always_inline)) __m512i mix8(__m512i x)
 {
     x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 30)), _mm512_set1_epi64((int64_t)0xBF58476D1CE4E5B9ull));
@@ -336,15 +374,7 @@ WIDE static int64_t spread_wide(const float *values, int64_t room, uint64_t key,
     return a;
 }
 
-static int wide(void)
-{
-    return !portable && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
-}
 #else
-static int wide(void)
-{
-    return 0;
-}
 #define gather_wide(...) 0
 #define keep_wide(...) 0
 #define spread_wide(...) 0
