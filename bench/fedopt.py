@@ -1,4 +1,4 @@
-"""FedOpt on MNIST-5k: server optimizers, FedProx and narrower floats, each tuned with the same budget.
+"""FedOpt on MNIST-5k: server optimizers, FedProx and compressed updates; each optimizer tuned with the same budget.
 
 50 clients, Dirichlet(0.3) labels, 10 a round, MLP 784-100-10, two local epochs, batch 10. Every method tries nine
 settings (client step size x server step size, or x mu) on the clients' validation data with a seed that is not among
@@ -31,7 +31,19 @@ GRIDS: dict[str, tuple[Any, tuple[float, ...]]] = {
     "FedYogi": (lambda lr: {"server": server.yogi(lr=lr)}, (0.003, 0.01, 0.03)),
     "FedProx": (lambda mu: {"mu": mu}, (0.001, 0.01, 0.1)),
 }
-NARROW = {"FedAvg float16": "float16", "FedAvg bfloat16": "bfloat16"}  # FedAvg's setting, both directions cast
+EIGHT = Broadcast(codecs.quantize8("block"))
+# with the setting that the method without compression was tuned to
+COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "FedAvg float16": ("FedAvg", {"codec": codecs.cast("float16"), "broadcast": Broadcast(codecs.cast("float16"))}),
+    "FedAvg bfloat16": ("FedAvg", {"codec": codecs.cast("bfloat16"), "broadcast": Broadcast(codecs.cast("bfloat16"))}),
+    "FedAvg 4 bits up, 8 down": ("FedAvg", {"codec": codecs.quantize4(), "broadcast": EIGHT}),
+    "FedAvg 2 bits up, 8 down": ("FedAvg", {"codec": codecs.quantize2(), "broadcast": EIGHT}),
+    "FedAvg top 1 % up, 8 bits down": (
+        "FedAvg",
+        {"codec": codecs.error_feedback(codecs.top_k(share=0.01)), "broadcast": EIGHT},
+    ),
+    "FedAvgM 4 bits up, 8 down": ("FedAvgM", {"codec": codecs.quantize4(), "broadcast": EIGHT}),
+}
 TUNING_SEED = 1000
 
 
@@ -39,11 +51,9 @@ def _experiment(setting: dict[str, Any], rounds: int, seed: int, validate: bool)
     base = taciturn.recipe("mnist")
     parts = dict(setting)
     solver = solvers.sgd(lr=parts.pop("client_lr"))
-    mu, dtype = parts.pop("mu", None), parts.pop("dtype", None)
+    mu = parts.pop("mu", None)
     if mu is not None:
         solver = solvers.prox(mu=mu, solver=solver)
-    if dtype is not None:
-        parts |= {"codec": codecs.cast(dtype), "broadcast": Broadcast(codecs.cast(dtype))}
     data = taciturn.data.mnist5k(clients=50, split=base.task.data.split, test=0.1, validation=0.1)
     task = taciturn.TaskSpec(data, base.task.model)
     every, on = (rounds // 4, "validation") if validate else (0, "test")
@@ -81,7 +91,7 @@ def main() -> None:
         tuned = iter(list(pool.map(_run, jobs)))
         best = {name: max((_score(next(tuned)), i) for i in range(len(group)))[1] for name, group in settings.items()}
         chosen = {name: group[best[name]] for name, group in settings.items()}
-        chosen |= {name: chosen["FedAvg"] | {"dtype": dtype} for name, dtype in NARROW.items()}
+        chosen |= {name: chosen[base] | parts for name, (base, parts) in COMPRESSED.items()}
         jobs = [(setting, rounds, seed, False) for setting in chosen.values() for seed in range(seeds)]
         outcomes = list(pool.map(_run, jobs))
     runs = {name: outcomes[i * seeds : (i + 1) * seeds] for i, name in enumerate(chosen)}

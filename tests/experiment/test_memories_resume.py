@@ -1,0 +1,34 @@
+"""Memories of codecs survive a crash: a resumed run ends in the bits of one that was never stopped, on every engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from conftest import Net, make_federation
+from taciturn import Experiment, Method, Task, aggregation, codecs, participation, run
+from taciturn.core.broadcast import Broadcast
+from taciturn.core.state import equal
+
+PARTS = {
+    "error_feedback": {"codec": codecs.error_feedback(codecs.top_k(share=0.1))},
+    "difference": {"codec": codecs.difference(codecs.quantize4())},
+    "running": {
+        "codec": codecs.difference(codecs.top_k(share=0.2), alpha=1.0, memory="mean"),
+        "aggregator": aggregation.running(),
+    },
+    "lowrank": {"codec": codecs.ef21(codecs.lowrank(rank=2))},
+    "down": {"codec": codecs.lossless(codecs.quantize2()), "broadcast": Broadcast(codecs.quantize8(), "change")},
+}
+
+
+@pytest.mark.parametrize("engine", ["stacked", "loopback"])
+@pytest.mark.parametrize("name", PARTS)
+def test_resumed_is_whole(name, engine, tmp_path):
+    method = Method(participation=participation.uniform(count=4), batch_size=8, **PARTS[name])
+    experiment = Experiment(Task(Net, make_federation()), method, rounds=5, engine=engine)
+    whole = run(experiment, out=tmp_path / "whole")
+    run(experiment.replace(rounds=2), out=tmp_path / "half")
+    resumed = run(experiment, out=tmp_path / "half", resume=True)
+    assert equal(whole.model.state_dict(), resumed.model.state_dict())
+    told = [(line["loss"], line["bytes_up"], line["bytes_down"], line["metrics"]) for line in whole.history]
+    assert told == [(line["loss"], line["bytes_up"], line["bytes_down"], line["metrics"]) for line in resumed.history]
