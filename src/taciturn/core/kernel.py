@@ -28,7 +28,7 @@ from taciturn.core import eager
 from taciturn.core.errors import WireError
 
 NORMS = ("max", "l2", "mean")
-NEEDED = "tc_kernels_1"  # a name that the library exports; it counts up when a kernel comes, goes or changes
+NEEDED = "tc_kernels_2"  # a name that the library exports; it counts up when a kernel comes, goes or changes
 _forced: list[None] = []
 
 
@@ -90,26 +90,16 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return define
 
 
-def _rows(tensor: Tensor, axes: int) -> list[Tensor]:
-    """The tensor's rows of `axes` axes, contiguous."""
-    flat = tensor.contiguous().reshape(-1, *tensor.shape[tensor.dim() - axes :])
-    return list(flat.unbind(0))
-
-
 def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _i64(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(value)
+def _i64(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
 
 
 def _runs(runs: Sequence[int]) -> tuple[Any, ctypes.c_int64]:
-    return (ctypes.c_int64 * len(runs))(*runs), _i64(len(runs) // 2)
-
-
-def _lead(tensor: Tensor, axes: int) -> tuple[int, ...]:
-    return tuple(tensor.shape[: tensor.dim() - axes])
+    return (ctypes.c_int64 * len(runs))(*runs), ctypes.c_int64(len(runs) // 2)
 
 
 # ------------------------------------------------------------------------------------------------------------- hash
@@ -121,15 +111,9 @@ def words(key: Tensor, n: int) -> Tensor:
     native = _native(key)
     if native is None:
         return eager.words(key, n)
-    out = torch.empty(*key.shape, n, dtype=torch.int64)
-    for k, row in zip(key.reshape(-1).tolist(), _views(out, 1), strict=True):
-        native.tc_words(_i64(k), _i64(n), _at(row))
+    keys, out = key.contiguous(), torch.empty(*key.shape, n, dtype=torch.int64)
+    native.tc_words(_at(keys), *_i64(keys.numel(), n), _at(out))
     return out
-
-
-def _views(out: Tensor, axes: int) -> list[Tensor]:
-    """Rows of a tensor that was just made, to write to."""
-    return list(out.view(-1, *out.shape[out.dim() - axes :]).unbind(0))
 
 
 # --------------------------------------------------------------------------------------------- narrow and quantize
@@ -143,7 +127,7 @@ def narrow(u: Tensor, brain: bool) -> Tensor:
         return eager.narrow(u, brain)
     flat = u.contiguous()
     out = torch.empty(u.shape, dtype=torch.bfloat16 if brain else torch.float16)
-    native.tc_narrow(_at(flat), _i64(flat.numel()), ctypes.c_int(brain), _at(out))
+    native.tc_narrow(_at(flat), *_i64(flat.numel()), ctypes.c_int(brain), _at(out))
     return out
 
 
@@ -157,15 +141,11 @@ def quantize(u: Tensor, key: Tensor, radix: Tensor, runs: Sequence[int], norm: s
     native = _native(u)
     if native is None:
         return eager.quantize(u, key, radix, runs, norm, nearest)
-    codes = torch.empty(u.shape, dtype=torch.uint8)
-    steps = torch.empty(*_lead(u, 1), sum(runs[::2]))
-    listed, count = _runs(runs)
-    rows = zip(
-        _rows(u, 1), key.reshape(-1).tolist(), radix.reshape(-1).tolist(), _views(codes, 1), _views(steps, 1), strict=True
-    )
-    for row, k, top, code, step in rows:
-        options = ctypes.c_int(NORMS.index(norm)), ctypes.c_int(nearest)
-        native.tc_quantize(_at(row), _i64(k), ctypes.c_int(top + 1), listed, count, *options, _at(code), _at(step))
+    u, key, radix = u.contiguous(), key.contiguous(), radix.contiguous()
+    segments, options = sum(runs[::2]), (ctypes.c_int(NORMS.index(norm)), ctypes.c_int(nearest))
+    codes, steps = torch.empty(u.shape, dtype=torch.uint8), torch.empty(*u.shape[:-1], segments)
+    sizes, listed = _i64(key.numel(), u.shape[-1]), _runs(runs)
+    native.tc_quantize(_at(u), *sizes, _at(key), _at(radix), *listed, *_i64(segments), *options, _at(codes), _at(steps))
     return codes, steps
 
 
@@ -175,11 +155,11 @@ def dequantize(codes: Tensor, steps: Tensor, radix: Tensor, runs: Sequence[int])
     native = _native(codes)
     if native is None:
         return eager.dequantize(codes, steps, radix, runs)
-    out = torch.empty(codes.shape, dtype=torch.float32)
-    listed, count = _runs(runs)
-    rows = zip(_rows(codes, 1), _rows(steps, 1), radix.reshape(-1).tolist(), _views(out, 1), strict=True)
-    for code, step, top, row in rows:
-        native.tc_dequantize(_at(code), _at(step), ctypes.c_int(top + 1), listed, count, _at(row))
+    codes, steps, radix = codes.contiguous(), steps.contiguous(), radix.contiguous()
+    out, segments = torch.empty(codes.shape), _i64(steps.shape[-1])
+    native.tc_dequantize(
+        _at(codes), _at(steps), *_i64(radix.numel(), codes.shape[-1]), _at(radix), *_runs(runs), *segments, _at(out)
+    )
     return out
 
 
@@ -192,9 +172,9 @@ def threshold(key: Tensor, d: int, k: int) -> Tensor:
     native = _native(key)
     if native is None:
         return eager.threshold(key, d, k)
-    native.tc_threshold.restype = ctypes.c_int64
-    found = [native.tc_threshold(_i64(one), _i64(d), _i64(k)) for one in key.reshape(-1).tolist()]
-    return torch.tensor(found, dtype=torch.int64).reshape(key.shape)
+    keys, out = key.contiguous(), torch.empty(key.shape, dtype=torch.int64)
+    native.tc_threshold(_at(keys), *_i64(keys.numel(), d, k), _at(out))
+    return out
 
 
 @_operator("(Tensor u, Tensor key, Tensor threshold, float scale, int room) -> (Tensor, Tensor)")
@@ -206,13 +186,11 @@ def keep(u: Tensor, key: Tensor, threshold: Tensor, scale: float, room: int) -> 
     native = _native(u)
     if native is None:
         return eager.keep(u, key, threshold, scale, room)
-    out, counts = torch.empty(*_lead(u, 1), room), []
-    native.tc_keep.restype = ctypes.c_int64
-    rows = zip(_rows(u, 1), key.reshape(-1).tolist(), threshold.reshape(-1).tolist(), _views(out, 1), strict=True)
-    for row, k, edge, kept in rows:
-        arguments = _at(row), _i64(len(row)), _i64(k), _i64(edge), ctypes.c_float(scale), _at(kept), _i64(room)
-        counts.append(native.tc_keep(*arguments))
-    return out, torch.tensor(counts, dtype=torch.int32).reshape(_lead(u, 1))
+    u, key, threshold = u.contiguous(), key.contiguous(), threshold.contiguous()
+    out, counts = torch.empty(*u.shape[:-1], room), torch.empty(key.shape, dtype=torch.int32)
+    sizes, options = _i64(key.numel(), u.shape[-1]), (_at(key), _at(threshold), ctypes.c_float(scale))
+    native.tc_keep(_at(u), *sizes, *options, _at(out), *_i64(room), _at(counts))
+    return out, counts
 
 
 @_operator("(Tensor values, Tensor key, Tensor threshold, Tensor count, int d) -> Tensor")
@@ -225,13 +203,10 @@ def spread(values: Tensor, key: Tensor, threshold: Tensor, count: Tensor, d: int
     if native is None:
         out, places = eager.spread(values, key, threshold, d)
     else:
-        out, found = torch.empty(*_lead(values, 1), d), []
-        native.tc_spread.restype = ctypes.c_int64
-        rows = zip(_rows(values, 1), key.reshape(-1).tolist(), threshold.reshape(-1).tolist(), _views(out, 1), strict=True)
-        for kept, k, edge, row in rows:
-            arguments = _at(kept), _i64(len(kept)), _i64(k), _i64(edge), _at(row), _i64(d)
-            found.append(native.tc_spread(*arguments))
-        places = torch.tensor(found, dtype=torch.int32).reshape(count.shape)
+        values, key, threshold = values.contiguous(), key.contiguous(), threshold.contiguous()
+        out, places = torch.empty(*values.shape[:-1], d), torch.empty(key.shape, dtype=torch.int32)
+        sizes = _i64(key.numel(), values.shape[-1])
+        native.tc_spread(_at(values), *sizes, _at(key), _at(threshold), _at(out), *_i64(d), _at(places))
     whole = (count == d) & (values.shape[-1] == d)
     wrong = (count != places) & ~whole
     if bool(wrong.any()):
@@ -248,9 +223,10 @@ def largest(u: Tensor, k: int) -> tuple[Tensor, Tensor]:
     native = _native(u)
     if native is None:
         return eager.largest(u, k)
-    values, places = torch.empty(*_lead(u, 1), k), torch.empty(*_lead(u, 1), k, dtype=torch.int64)
-    for row, value, place in zip(_rows(u, 1), _views(values, 1), _views(places, 1), strict=True):
-        native.tc_largest(_at(row), _i64(len(row)), _i64(k), _at(value), _at(place))
+    u = u.contiguous()
+    values, places = torch.empty(*u.shape[:-1], k), torch.empty(*u.shape[:-1], k, dtype=torch.int64)
+    if native.tc_largest(_at(u), *_i64(u[..., 0].numel(), u.shape[-1], k), _at(values), _at(places)):
+        raise MemoryError("no memory for half a megabyte of counts")
     return values, places
 
 
@@ -261,7 +237,7 @@ def put(values: Tensor, places: Tensor, d: int) -> Tensor:
         raise WireError(f"indices from {int(places.min())} to {int(places.max())}; the vector has {d} values")
     if places.shape[-1] > 1 and not bool((places.diff() > 0).all()):
         raise WireError("indices that do not rise: each place of the vector is named at most once, in order")
-    return values.new_zeros(*_lead(values, 1), d).scatter(-1, places, values)
+    return values.new_zeros(*values.shape[:-1], d).scatter(-1, places, values)
 
 
 # ----------------------------------------------------------------------------------------------------------- rotate
@@ -276,9 +252,9 @@ def rotate(u: Tensor, key: Tensor, block: int, inverse: bool) -> Tensor:
     native = _native(u)
     if native is None:
         return eager.rotate(u, key, block, inverse)
-    out = torch.empty(u.shape, dtype=torch.float32)
-    for row, k, rotated in zip(_rows(u, 1), key.reshape(-1).tolist(), _views(out, 1), strict=True):
-        native.tc_rotate(_at(row), _i64(len(row)), _i64(k), _i64(block), ctypes.c_int(inverse), _at(rotated))
+    u, key, out = u.contiguous(), key.contiguous(), torch.empty(u.shape)
+    sizes = _i64(key.numel(), u.shape[-1])
+    native.tc_rotate(_at(u), *sizes, _at(key), *_i64(block), ctypes.c_int(inverse), _at(out))
     return out
 
 

@@ -7,16 +7,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-API const int tc_kernels_1 = 1; /* counts up with core/kernel.py when a kernel comes, goes or changes */
+API const int tc_kernels_2 = 2; /* counts up with core/kernel.py when a kernel comes, goes or changes */
 
 #define CHUNK 1024 /* values worked on at a time, so that what stands between two loops stays in the first cache */
 
 /* ------------------------------------------------------------------------------------------------------------ hash */
 
-FAST API void tc_words(uint64_t key, int64_t n, int64_t *out)
+FAST static void words(uint64_t key, int64_t n, int64_t *out)
 {
     for (int64_t i = 0; i < n; i++)
         out[i] = (int64_t)word(key, (uint64_t)i);
+}
+
+API void tc_words(const uint64_t *keys, int64_t rows, int64_t n, int64_t *out)
+{
+    for (int64_t r = 0; r < rows; r++)
+        words(keys[r], n, out + r * n);
 }
 
 /* --------------------------------------------------------------------------------------------------------- quantize */
@@ -155,7 +161,7 @@ FAST static void codes_nearest(const float *u, int64_t n, float step, int q, uin
 }
 
 /* runs: pairs (count, size) of equal segments that lie one after the other. */
-API void tc_quantize(const float *u, uint64_t key, int q, const int64_t *runs, int64_t n_runs, int norm, int nearest,
+static void quantize(const float *u, uint64_t key, int q, const int64_t *runs, int64_t n_runs, int norm, int nearest,
                      uint8_t *codes, float *steps)
 {
     int64_t at = 0;
@@ -180,13 +186,27 @@ FAST static void values_of(const uint8_t *codes, int64_t n, float step, float mi
         out[i] = ((float)codes[i] - middle) * step;
 }
 
-API void tc_dequantize(const uint8_t *codes, const float *steps, int q, const int64_t *runs, int64_t n_runs, float *out)
+API void tc_quantize(const float *u, int64_t rows, int64_t d, const uint64_t *keys, const uint8_t *radix, const int64_t *runs,
+                     int64_t n_runs, int64_t segments, int norm, int nearest, uint8_t *codes, float *steps)
+{
+    for (int64_t r = 0; r < rows; r++)
+        quantize(u + r * d, keys[r], radix[r] + 1, runs, n_runs, norm, nearest, codes + r * d, steps + r * segments);
+}
+
+static void dequantize(const uint8_t *codes, const float *steps, int q, const int64_t *runs, int64_t n_runs, float *out)
 {
     float middle = (float)(q - 1) * 0.5f;
     int64_t at = 0;
     for (int64_t r = 0; r < n_runs; r++)
         for (int64_t s = 0; s < runs[2 * r]; s++, at += runs[2 * r + 1], steps++)
             values_of(codes + at, runs[2 * r + 1], *steps, middle, out + at);
+}
+
+API void tc_dequantize(const uint8_t *codes, const float *steps, int64_t rows, int64_t d, const uint8_t *radix,
+                       const int64_t *runs, int64_t n_runs, int64_t segments, float *out)
+{
+    for (int64_t r = 0; r < rows; r++)
+        dequantize(codes + r * d, steps + r * segments, radix[r] + 1, runs, n_runs, out + r * d);
 }
 
 /* ------------------------------------------------------------------------------------------- what some machines have */
@@ -397,13 +417,13 @@ FAST static int64_t gather(uint64_t key, int64_t d, uint64_t from, uint64_t to, 
 }
 
 /* The k-th smallest of d words (63 bits each): looked for in a narrow window around where it must be, else among all. */
-API int64_t tc_threshold(uint64_t key, int64_t d, int64_t k)
+static int64_t threshold(uint64_t key, int64_t d, int64_t k)
 {
-    double spread = 10.0 * sqrt((double)k * (double)(d - k) / (double)d) + 20.0;
-    double low = ((double)k - spread) / (double)d * 0x1p63, high = ((double)k + spread) / (double)d * 0x1p63;
+    double margin = 10.0 * sqrt((double)k * (double)(d - k) / (double)d) + 20.0;
+    double low = ((double)k - margin) / (double)d * 0x1p63, high = ((double)k + margin) / (double)d * 0x1p63;
     for (int all = 0; all < 2; all++) {
         uint64_t from = all || low <= 0 ? 0 : (uint64_t)low, to = all || high >= 0x1p63 ? UINT64_MAX : (uint64_t)high;
-        int64_t room = all ? d : (int64_t)(3.0 * spread) + 1000, below = 0;
+        int64_t room = all ? d : (int64_t)(3.0 * margin) + 1000, below = 0;
         room = room < d ? room : d;
         uint64_t *window = malloc((size_t)(room + 16) * sizeof(uint64_t));
         if (!window)
@@ -422,9 +442,15 @@ API int64_t tc_threshold(uint64_t key, int64_t d, int64_t k)
     return -1;
 }
 
+API void tc_threshold(const uint64_t *keys, int64_t rows, int64_t d, int64_t k, int64_t *out)
+{
+    for (int64_t r = 0; r < rows; r++)
+        out[r] = threshold(keys[r], d, k);
+}
+
 /* u[i] * scale for every i whose word is at most the threshold, one after the other -> how many. out holds `room`.
  * Only NaN, and `room`, if u is not finite. */
-FAST API int64_t tc_keep(const float *restrict u, int64_t d, uint64_t key, int64_t threshold, float scale,
+FAST static int64_t keep(const float *restrict u, int64_t d, uint64_t key, int64_t threshold, float scale,
                          float *restrict out, int64_t room)
 {
     int64_t count = 0, a = 0;
@@ -451,8 +477,15 @@ FAST API int64_t tc_keep(const float *restrict u, int64_t d, uint64_t key, int64
     return room;
 }
 
+API void tc_keep(const float *u, int64_t rows, int64_t d, const uint64_t *keys, const int64_t *thresholds, float scale, float *out,
+                 int64_t room, int32_t *counts)
+{
+    for (int64_t r = 0; r < rows; r++)
+        counts[r] = (int32_t)keep(u + r * d, d, keys[r], thresholds[r], scale, out + r * room, room);
+}
+
 /* The inverse: values in their places, zeros elsewhere -> how many places there are. values holds `room`. */
-FAST API int64_t tc_spread(const float *restrict values, int64_t room, uint64_t key, int64_t threshold, float *restrict out,
+FAST static int64_t spread(const float *restrict values, int64_t room, uint64_t key, int64_t threshold, float *restrict out,
                            int64_t d)
 {
     int64_t count = 0, a = 0;
@@ -468,8 +501,15 @@ FAST API int64_t tc_spread(const float *restrict values, int64_t room, uint64_t 
     return count;
 }
 
+API void tc_spread(const float *values, int64_t rows, int64_t room, const uint64_t *keys, const int64_t *thresholds, float *out,
+                   int64_t d, int32_t *places)
+{
+    for (int64_t r = 0; r < rows; r++)
+        places[r] = (int32_t)spread(values + r * room, room, keys[r], thresholds[r], out + r * d, d);
+}
+
 /* The k values of largest magnitude (of equals those that come first), in their order, and their places. */
-FAST API int tc_largest(const float *u, int64_t d, int64_t k, float *values, int64_t *places)
+FAST static int largest(const float *u, int64_t d, int64_t k, float *values, int64_t *places)
 {
     const uint32_t *bits = (const uint32_t *)(const void *)u;
     int64_t *counts = calloc(1 << 16, sizeof(int64_t));
@@ -509,6 +549,15 @@ FAST API int tc_largest(const float *u, int64_t d, int64_t k, float *values, int
         }
     }
     return 0;
+}
+
+/* 0, or 1 where there is no memory. */
+API int tc_largest(const float *u, int64_t rows, int64_t d, int64_t k, float *values, int64_t *places)
+{
+    int failed = 0;
+    for (int64_t r = 0; r < rows; r++)
+        failed |= largest(u + r * d, d, k, values + r * k, places + r * k) != 0;
+    return failed;
 }
 
 /* ----------------------------------------------------------------------------------------------------------- rotate */
@@ -588,7 +637,7 @@ FAST static void flip(const float *u, int64_t first, int64_t n, uint64_t key, fl
 }
 
 /* Blocks of powers of two: as many of `block` as fit, then the binary digits of what is left. */
-API void tc_rotate(const float *u, int64_t d, uint64_t key, int64_t block, int inverse, float *out)
+static void rotate(const float *u, int64_t d, uint64_t key, int64_t block, int inverse, float *out)
 {
     int64_t at = 0;
     while (at < d) {
@@ -605,4 +654,10 @@ API void tc_rotate(const float *u, int64_t d, uint64_t key, int64_t block, int i
         }
         at += block;
     }
+}
+
+API void tc_rotate(const float *u, int64_t rows, int64_t d, const uint64_t *keys, int64_t block, int inverse, float *out)
+{
+    for (int64_t r = 0; r < rows; r++)
+        rotate(u + r * d, d, keys[r], block, inverse, out + r * d);
 }
