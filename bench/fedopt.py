@@ -101,6 +101,9 @@ def main() -> None:
     for row in rows.values():
         mine = row["bytes_to_target"]["mean"]
         row["byte_ratio_FedAvg"] = None if mine is None or base is None else base / mine
+    for name, (plain, _) in COMPRESSED.items():
+        theirs, mine = (rows[one]["bytes_to_target"]["mean"] for one in (plain, name))
+        rows[name]["byte_ratio_uncompressed"] = None if mine is None or theirs is None else theirs / mine
     _print(rows, target)
     n = {"tasks": 1, "seeds": seeds, "rounds": rounds, "settings_per_method": 9}
     finish("fedopt", {"n": n, "target": target, "methods": rows}, quick)
