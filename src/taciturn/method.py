@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from taciturn.aggregation import running, weighted
+from taciturn.aggregation import mean, running, weighted
 from taciturn.codecs import difference, identity
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import MethodError, require
@@ -34,8 +34,8 @@ _PROBE = Layout(("probe",), ((8, 8),))
 
 def _check_running(codec: Codec, aggregator: Aggregator) -> None:
     """A memory that the server keeps as one mean needs the aggregator that keeps it, at the same rate."""
-    mean = isinstance(codec, difference) and codec.memory == "mean"
-    if mean != isinstance(aggregator, running):
+    apart = isinstance(codec, difference) and codec.memory == "mean"
+    if apart != isinstance(aggregator, running):
         raise MethodError(
             'method: codec = difference(.., memory = "mean") and aggregator = running are the two halves of one memory; '
             f"got codec = {type(codec).__name__} and aggregator = {type(aggregator).__name__}"
@@ -78,6 +78,11 @@ class Method:
                 'has many; of = "change" with the codec inside it is the memory of the way down'
             )
         _check_running(self.codec, self.aggregator)
+
+    def encoded(self, codec: Codec) -> Method:
+        """The same method with another codec on the way up; `running` goes with the codec whose memory it kept."""
+        aggregator = mean(self.aggregator.weights) if isinstance(self.aggregator, running) else self.aggregator
+        return replace(self, codec=codec, aggregator=aggregator)
 
     def replace(self, **parts: Any) -> Method:
         """The same method with some parts changed."""

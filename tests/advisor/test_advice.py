@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from advisor.toys import experiment, least_squares
-from taciturn import codecs, recipe, server
+from taciturn import aggregation, codecs, recipe, server
 from taciturn.advisor import advise, candidates, parse_bytes, show, split_list
 from taciturn.advisor.advice import CANDIDATES, parse_codec, tie
 from taciturn.advisor.rank import Forecast
@@ -158,3 +158,14 @@ def test_ties_are_said_aloud():
     advice = advise(experiment(task), codecs=["identity", "chain(codec=identity,then=identity)"])
     assert advice.tied and "a tie, not a ranking" in " ".join(advice.reasons)
     assert show(advice).renderables
+
+
+def test_a_method_with_a_shared_memory_can_be_advised():
+    """The pilot runs without the memory, and the fragment names the aggregator that the recommended codec needs."""
+    known = recipe("quickstart")
+    memory = codecs.difference(codecs.quantize4(), alpha=0.3, memory="mean")
+    method = known.method.replace(codec=memory, aggregator=aggregation.running(alpha=0.3))
+    told = advise(known.replace(method=method, rounds=8), codecs=["quantize4", "identity"], pilot_rounds=2)
+    table = config.to_table(known.replace(method=method))
+    table["method"] |= tomllib.loads(told.toml)["method"]
+    assert config.from_table(table).method.aggregator == aggregation.mean()

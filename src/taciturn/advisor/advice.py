@@ -261,12 +261,13 @@ def _memory(known: Law, best: Forecast, found: Pilot) -> tuple[str, dict[str, An
 
 def _toml(experiment: Experiment, best: Forecast) -> str:
     """The fragment that makes the experiment use the codec; it was loaded before it is shown."""
-    method = experiment.method.replace(codec=best.codec)
+    method = experiment.method.encoded(best.codec)
     scaled = type(method.server).__name__ == "sgd" and best.factor != 1.0
     if scaled:
         method = method.replace(server=type(method.server)(lr=method.server.lr * best.factor))  # type: ignore[attr-defined, call-arg]
     table = to_table(experiment.replace(method=method))
-    part = {"codec": table["method"]["codec"]} | ({"server": table["method"]["server"]} if scaled else {})
+    changed = ["codec", *["server"] * scaled, *["aggregator"] * (method.aggregator != experiment.method.aggregator)]
+    part = {name: table["method"][name] for name in changed}
     if "custom" not in (table["data"]["name"], table["model"]["name"]):
         from_table(table)
     return tomli_w.dumps({"method": part})

@@ -159,7 +159,7 @@ def _guarded(fn: Callable[[Any], Any], argument: Any) -> Any:
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when forward derivatives are first used
             return fn(argument)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise ModelError(
             f"advise: torch.func cannot differentiate this model twice ({str(error).splitlines()[0]}); the advisor needs "
             "a model of operations that have forward derivatives and that torch.vmap can batch"
@@ -310,8 +310,3 @@ def spectrum(curvature: Curvature, key: Key) -> Basis:
     if d <= DENSE:
         return Dense.of(curvature.matrix())
     return Krylov.of(curvature.thinned(THIN).products, d, key, curvature.x.dtype)
-
-
-def trace(basis: Basis, energies: Tensor, damping: float) -> Tensor:
-    """Tr(C (H + damping I)^-1) from the energies [.., k] of C."""
-    return (energies / (basis.nodes + damping)).sum(-1)

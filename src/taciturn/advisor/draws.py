@@ -1,16 +1,15 @@
 """Compressed vectors, many at once, for simulations: the library's codecs as they are, and O(d) draws with the same law.
 
 Symbols: u [n, d] float32, one vector a row; generator of torch, from which all randomness comes, also the codecs' keys.
-A draw answers `draw(u, generator)` with C(u) [n, d], independent over rows; `linear_map(d)` (None: there is none),
-`omega(d)` and `message_bits(d)` are the codec's. Encoding calls a kernel for each row, and costs O(d h) for a projector,
+A draw answers `draw(u, generator)` with C(u) [n, d], independent over rows; `linear_map(d)` (None: there is none)
+and `omega(d)` are the codec's. Encoding calls a kernel for each row, and costs O(d h) for a projector,
 O(d^2) for a Haar-random basis; a simulation of many small vectors needs the law alone.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -31,8 +30,6 @@ class Draw(Protocol):
 
     def omega(self, d: int) -> float: ...
 
-    def message_bits(self, d: int) -> float: ...
-
 
 @dataclass(frozen=True, slots=True)
 class through:
@@ -43,7 +40,7 @@ class through:
     def draw(self, u: Tensor, generator: Generator) -> Tensor:
         """u [n, d] -> C(u) [n, d]."""
         n, d = u.shape
-        layout = Layout(("w",), ((d,),))
+        layout = Layout.flat(d)
         tx, rx = self.codec.init(layout)
         keys = torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator)
 
@@ -61,11 +58,7 @@ class through:
 
     def omega(self, d: int) -> float:
         """The codec's."""
-        return float(_of(self.codec).omega(d))
-
-    def message_bits(self, d: int) -> float:
-        """The codec's."""
-        return float(_of(self.codec).message_bits(d))
+        return self.codec.omega(d)
 
 
 def message_bytes(codec: Codec, d: int, messages: int = 20_000) -> float:
@@ -73,7 +66,7 @@ def message_bytes(codec: Codec, d: int, messages: int = 20_000) -> float:
 
     A codec whose first 100 messages are of one size is taken to send no other.
     """
-    layout, generator = Layout(("w",), ((d,),)), torch.Generator().manual_seed(0)
+    layout, generator = Layout.flat(d), torch.Generator().manual_seed(0)
     tx, _ = codec.init(layout)
     keys = torch.randint(-(2**63), 2**63 - 1, (messages,), generator=generator)
     vectors = torch.randn(messages, d, generator=generator)
@@ -83,10 +76,6 @@ def message_bytes(codec: Codec, d: int, messages: int = 20_000) -> float:
 
     sizes = torch.vmap(one)(vectors[:100], keys[:100])
     return float((sizes if len(set(sizes.tolist())) == 1 else torch.vmap(one)(vectors, keys)).double().mean())
-
-
-def _of(codec: Codec) -> Any:
-    return codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +91,11 @@ class in_law:
 
     def __post_init__(self) -> None:
         codec, simple = self.codec, (codecs.identity, codecs.partial, codecs.sparsify, codecs.rand_k, codecs.sketch)
-        plain = isinstance(codec, codecs.quantize) and codec.norm == "l2" and codec.scale == "tensor" and codec.unbiased
-        if not (isinstance(codec, simple) or (plain and _of(codec).symbols % 2)):
+        if isinstance(codec, codecs.quantize):
+            known = codec.norm == "l2" and codec.scale == "tensor" and codec.unbiased and codec.symbols % 2 == 1
+        else:
+            known = isinstance(codec, simple)
+        if not known:
             raise TypeError(f"there is no draw in law for {codec}; use through(codec)")
 
     def draw(self, u: Tensor, generator: Generator) -> Tensor:
@@ -117,7 +109,7 @@ class in_law:
             return u * ((torch.rand(n, d, generator=generator) < codec.p) / codec.p)
         if isinstance(codec, codecs.quantize):
             return _quantized(u, (codec.symbols - 1) // 2, generator)
-        h = round(d / (1 + _of(codec).omega(d)))
+        h = round(d / (1 + codec.omega(d)))
         if isinstance(codec, codecs.rand_k):
             places = torch.rand(n, d, generator=generator).topk(h, dim=1).indices
             return torch.zeros_like(u).scatter_(1, places, u.gather(1, places) * (d / h))
@@ -134,10 +126,6 @@ class in_law:
     def omega(self, d: int) -> float:
         """The codec's."""
         return through(self.codec).omega(d)
-
-    def message_bits(self, d: int) -> float:
-        """The codec's."""
-        return through(self.codec).message_bits(d)
 
 
 def _quantized(u: Tensor, levels: int, generator: Generator) -> Tensor:
@@ -174,10 +162,6 @@ class stabilized:
     def omega(self, d: int) -> float:
         """d E|u_1| - 1: the mean over bases, with equality for every u."""
         return d * sphere(d, 1) - 1
-
-    def message_bits(self, d: int) -> float:
-        """A norm, a seed, and log2(3) bits a value."""
-        return 96 + d * math.log2(3)
 
 
 def _beside(u: Tensor, size: Tensor, generator: Generator) -> Tensor:

@@ -53,20 +53,6 @@ def stabilized_map(d: int) -> Map:
     return 1 + along - b, 0.0, b
 
 
-def projector_map(d: int, h: int) -> Map:
-    """The map of (d/h) P u with P the projector on a uniform h-dimensional subspace.
-
-    (d/h)^2 (alpha - beta, 0, beta), alpha = h (h+2) / (d (d+2)), beta = h (d-h) / (d (d-1) (d+2)).
-
-    >>> projector_map(4, 4)
-    (1.0, 0.0, 0.0)
-    """
-    scale = (d / h) ** 2
-    alpha = h * (h + 2) / (d * (d + 2))
-    beta = h * (d - h) / (d * (d - 1) * (d + 2)) if d > 1 else 0.0
-    return scale * (alpha - beta), 0.0, scale * beta
-
-
 def quantized(moment: Tensor, points: int = 400) -> Tensor:
     """C2 of 1-quantization (QSGD, l2 norm, s = 1) of x ~ N(0, M), exact: M - D(M) + Diag(E |x| |x_i|). M [d, d].
 

@@ -13,7 +13,7 @@ import math
 import time
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, MethodError, RunError, require
 from taciturn.core.random import Key
-from taciturn.core.state import State
-from taciturn.core.types import OK, Aggregator, Block, Cast
+from taciturn.core.types import OK, Block, Cast
 from taciturn.core.vector import Vector
 from taciturn.engines import LocalEngine, build
 from taciturn.engines.crew import Alone
@@ -41,28 +40,6 @@ MESSAGES = 320  # messages in all
 VALUES = 200_000_000  # floats of all messages (0.8 GB)
 FEWEST = 24  # messages below which nothing is predicted
 SAMPLES = 2048  # samples of the curvature
-
-
-@dataclass(frozen=True, slots=True)
-class kept:
-    """Weights of another aggregator, and updates that arrive one by one: the pilot looks at each of them."""
-
-    linear: ClassVar[bool] = False
-    of: Aggregator
-
-    def weigh(self, sizes: Tensor) -> Tensor:
-        """The other aggregator's."""
-        return self.of.weigh(sizes)
-
-    def init(self, x: Vector) -> State:
-        """No state."""
-        return {}
-
-    def start(self, state: State, x: Vector) -> Any:
-        """Never asked: the pilot applies nothing."""
-        raise NotImplementedError
-
-    add = finish = start
 
 
 @dataclass(frozen=True)
@@ -115,7 +92,7 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     rounds = max(2, min(10, experiment.rounds // 4)) if rounds is None else rounds
     require(rounds >= 1, f"--pilot: at least 1 round; got {rounds}")
     began = time.perf_counter()
-    run = prepare(experiment.replace(method=experiment.method.replace(codec=identity()), evaluate_on="train"))
+    run = prepare(experiment.replace(method=experiment.method.encoded(identity()), evaluate_on="train"))
     work, sizes, method, key = run.work, run.task.train.sizes, run.experiment.method, run.key
     ids = _sampled(len(sizes), random.fold(key, "pilot"))
     draws = _draws(work.split.layout.d, len(ids), messages)
@@ -189,13 +166,13 @@ def _draw(
     experiment: Experiment,
 ) -> tuple[Tensor, Tensor]:
     """-> messages [n, d] float32, client [n]: each sampled client `draws` times, from x, with keys of each draw's own."""
-    single = method.replace(aggregator=kept(method.aggregator), broadcast=Broadcast(identity()))
+    single = method.replace(broadcast=Broadcast(identity()))
     cast = Cast(0, server.round, {"x": server.x}, ((0, {"values": server.x}),))
     plan, stride = plan_round(server.round, ids, work.task.train.sizes[ids], single)
     rows: list[Tensor] = []
     owners: list[Tensor] = []
     name = "stacked" if experiment.engine == "ray" else experiment.engine
-    other, path = build(name, work, single, key, block=experiment.block)
+    other, path = build(name, work, single, key, block=experiment.block, each=True)
     other.store.write(ids, engine.store.read(ids))
     for r in range(draws):
         other.crew = Alone(trainer(work, single.sync, single.batch_size, random.fold(key, "pilot", r), path))

@@ -48,12 +48,12 @@ class chain:
 
     def message_bits(self, d: int) -> float:
         """The first codec's without its values, and the second's."""
-        k = _inner(self.codec, _flat(d)).d
+        k = _inner(self.codec, Layout.flat(d)).d
         return self.codec.message_bits(d) - 32.0 * k + self.then.message_bits(k)
 
     def omega(self, d: int) -> float:
         """(1 + a) (1 + b) - 1 if both are unbiased, else (sqrt(a) + (1 + sqrt(a)) sqrt(b))^2, for omegas a, b."""
-        first, second = self.codec.omega(d), self.then.omega(_inner(self.codec, _flat(d)).d)
+        first, second = self.codec.omega(d), self.then.omega(_inner(self.codec, Layout.flat(d)).d)
         if self.unbiased:
             return float((1 + first) * (1 + second) - 1)
         return float((first**0.5 + ((1 + first**0.5) ** 2 * second) ** 0.5) ** 2)
@@ -67,7 +67,7 @@ class chain:
         """The first codec's payload, its values replaced by "then/.." of the second."""
         first, tx_first = self.codec.encode(u, tx.get("first", {}), key, layout=layout, knobs=knobs)
         values = first.pop("values")
-        inner, key = _flat(values.shape[-1]), fold(key, "then")
+        inner, key = Layout.flat(values.shape[-1]), fold(key, "then")
         then, tx_then = self.then.encode(values, tx.get("then", {}), key, layout=inner, knobs=knobs)
         return first | {f"then/{name}": t for name, t in then.items()}, _joined({"first": tx_first, "then": tx_then})
 
@@ -93,7 +93,7 @@ def _looked_at(codec: Codec, layout: Layout) -> Layout:
     if values is None or values.dtype != torch.float32 or {"values.count", "values.mask"} & payload.keys():
         name = type(codec).__name__
         raise MethodError(f"chain: {name} leaves no fixed number of float32 values; first may be rand_k, top_k or sketch")
-    return _flat(values.shape[-1])
+    return Layout.flat(values.shape[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +160,6 @@ class per_tensor:
         """(number, codec, layout) of each tensor that holds values."""
         cut = zip(layout.names, layout.shapes, layout.sizes, strict=True)
         return [(str(i), self._of(size), Layout((name,), (shape,))) for i, (name, shape, size) in enumerate(cut)]
-
-
-def _flat(d: int) -> Layout:
-    return Layout(("values",), ((d,),))
 
 
 def _joined(states: State) -> State:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from taciturn.core import kernel
+from taciturn.core.eager import by_value
 from taciturn.core.errors import require
 from taciturn.core.payload import GROUP
 from taciturn.core.random import Key
@@ -90,12 +91,11 @@ class quantize:
 
     def variance(self, u: Tensor) -> Tensor:
         """Var C(u)_i = f (1 - f) step^2 for one tensor: [.., d] -> [.., d]; the values are independent given u."""
-        layout = Layout(("u",), ((u.shape[-1],),))
-        runs = self._runs(layout)
-        key, radix = (torch.zeros(u.shape[:-1], dtype=t) for t in (torch.int64, torch.uint8))
-        codes, steps = kernel.quantize(u.float(), key, radix + (self.symbols - 1), runs, self.norm, False)
-        two = torch.full_like(radix, 2)
-        step = kernel.dequantize(torch.full_like(codes, 2), steps, two, runs).double()
+        runs = self._runs(Layout.flat(u.shape[-1]))
+        key = torch.zeros_like(u[..., 0], dtype=torch.int64)
+        radix = torch.full_like(key, self.symbols - 1, dtype=torch.uint8)
+        _, steps = kernel.quantize(u.float(), key, radix, runs, self.norm, False)
+        step = by_value(steps, runs).double()
         r = u.double() / torch.where(step > 0, step, 1.0) + (self.symbols - 1) / 2
         f = r - r.floor()
         found: Tensor = f * (1 - f) * step**2 * float(self.unbiased)

@@ -62,19 +62,19 @@ class rotated:
 
     def init(self, layout: Layout) -> tuple[State, State]:
         """The codec's."""
-        return self.codec.init(_flat(layout.d))
+        return self.codec.init(Layout.flat(layout.d))
 
     def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
         """u [d] -> {"rotation": [] int64} and the codec's payload."""
         seed = random.fold(key, "rotated")
         v = kernel.rotate(u.float(), seed, self.block, False)
-        payload, tx = self.codec.encode(v, tx, key, layout=_flat(layout.d), knobs=knobs)
+        payload, tx = self.codec.encode(v, tx, key, layout=Layout.flat(layout.d), knobs=knobs)
         return {"rotation": seed} | payload, tx
 
     def decode(self, payload: Payload, rx: State, *, layout: Layout) -> tuple[Vector, State]:
         """The codec's vector, rotated back."""
         inner = {name: t for name, t in payload.items() if name != "rotation"}
-        v, rx = self.codec.decode(inner, rx, layout=_flat(layout.d))
+        v, rx = self.codec.decode(inner, rx, layout=Layout.flat(layout.d))
         return kernel.rotate(v, payload["rotation"], self.block, True), rx
 
 
@@ -143,10 +143,6 @@ class sketch:
         if h * d > EXACT:
             return _fast(h, d).decode(payload, rx, layout=layout)
         return (_basis(payload["seed"], d, h) * payload["values"]).sum(-1) * (d / h), rx
-
-
-def _flat(d: int) -> Layout:
-    return Layout(("values",), ((d,),))
 
 
 def _fast(h: int, d: int) -> rotated:

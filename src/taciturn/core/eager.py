@@ -89,16 +89,15 @@ def _scale(part: Tensor, norm: str) -> Tensor:
 
 def quantize(u: Tensor, key: Tensor, radix: Tensor, runs: Sequence[int], norm: str, nearest: bool) -> tuple[Tensor, Tensor]:
     """Codes and steps."""
-    d, at, every, segments = u.shape[-1], 0, [], []
+    d, at, segments = u.shape[-1], 0, []
     half = radix.double().unsqueeze(-1) * 0.5
     for count, size in zip(runs[::2], runs[1::2], strict=True):
         part = u[..., at : at + count * size].reshape(*u.shape[:-1], count, size)
-        step = torch.where(half > 0, _scale(part, norm) / half, 0.0).float()
-        step = torch.where(torch.isnan(_scale(part, norm)), torch.nan, step)
-        segments.append(step)
-        every.append(step.unsqueeze(-1).expand(part.shape).flatten(-2))
+        scale = _scale(part, norm)
+        segments.append(torch.where((half > 0) | torch.isnan(scale), scale / half, 0.0).float())
         at += count * size
-    steps, step = torch.cat(segments, -1), torch.cat(every, -1)
+    steps = torch.cat(segments, -1)
+    step = by_value(steps, runs)
     q = radix.to(torch.int32).unsqueeze(-1) + 1
     odd, middle = q % 2 == 1, q // 2
     r = (u / step).clamp(-300.0, 300.0)
@@ -116,11 +115,13 @@ def quantize(u: Tensor, key: Tensor, radix: Tensor, runs: Sequence[int], norm: s
 
 def dequantize(codes: Tensor, steps: Tensor, radix: Tensor, runs: Sequence[int]) -> Tensor:
     """(codes - radix / 2) * step."""
-    at, every = 0, []
-    for count, size in zip(runs[::2], runs[1::2], strict=True):
-        every.append(steps[..., at : at + count].repeat_interleave(size, -1))
-        at += count
-    return (codes.float() - radix.float().unsqueeze(-1) * 0.5) * torch.cat(every, -1)
+    return (codes.float() - radix.float().unsqueeze(-1) * 0.5) * by_value(steps, runs)
+
+
+def by_value(steps: Tensor, runs: Sequence[int]) -> Tensor:
+    """The step of each value's segment: [.., S] -> [.., d]."""
+    parts = torch.split(steps, list(runs[::2]), -1)
+    return torch.cat([part.repeat_interleave(size, -1) for part, size in zip(parts, runs[1::2], strict=True)], -1)
 
 
 # ----------------------------------------------------------------------------------------------------------- select

@@ -62,8 +62,8 @@ def without_library() -> Iterator[None]:
         _forced.pop()
 
 
-def _native(*tensors: Tensor) -> ctypes.CDLL | None:
-    return library() if all(tensor.device.type == "cpu" for tensor in tensors) else None
+def _native(tensor: Tensor) -> ctypes.CDLL | None:
+    return library() if tensor.device.type == "cpu" else None
 
 
 # ------------------------------------------------------------------------------------------------------- operators
@@ -82,8 +82,7 @@ def _batched(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...],
 
 def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def define(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = f"taciturn::{function.__name__.lstrip('_')}"
-        op = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+        op = torch.library.custom_op(f"taciturn::{function.__name__}", function, mutates_args=(), schema=schema)
         op.register_vmap(partial(_batched, op))
         return op
 

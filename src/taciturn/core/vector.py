@@ -34,6 +34,11 @@ class Layout:
         """The layout of named tensors, in their order."""
         return cls(tuple(tensors), tuple(tuple(tensor.shape) for tensor in tensors.values()))
 
+    @classmethod
+    def flat(cls, d: int) -> Layout:
+        """One tensor of d values."""
+        return cls(("values",), ((d,),))
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of values of each tensor."""

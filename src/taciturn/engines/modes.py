@@ -208,12 +208,14 @@ def build(
     workers: int | None = None,
     least: int | None = None,
     lose: Lose | None = None,
+    each: bool = False,
 ) -> tuple[LocalEngine, Path]:
     """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible.
 
     workers: processes that train, 1 unless given; for ray its actors, all CPUs of the cluster unless given. With more than
     one, and with ray, the engine must be closed (`engine.crew.close()`). least: blocks that a cohort is cut into at least,
-    as many as workers unless given; it and `block` decide the bits.
+    as many as workers unless given; it and `block` decide the bits. each: every client's update is looked at, so that sums
+    of them are not enough.
     """
     require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
     path = choose(name, work, block)
@@ -231,6 +233,6 @@ def build(
     else:
         crew = Alone(trainer(*parts, path))
     path = replace(path, least=least or crew.count)
-    summed = path.fused is not None and method.aggregator.linear and sends_drift(work)
+    summed = not each and path.fused is not None and method.aggregator.linear and sends_drift(work)
     engine = LocalEngine(work, method, post, clients, crew, path.block, path.least, lift=lift, summed=summed, lose=lose)
     return engine, path
