@@ -12,23 +12,30 @@ import torch
 class Watch:
     """Clients tell ||u||^2 every two steps; the server stops when the mean exceeds theta, which then doubles."""
 
-    silent: ClassVar[bool] = False
+    observer: ClassVar[str] = "server"
     theta: float = 0.05
     local: bool = False
 
-    def init(self):
+    def init(self, x):
         return {"theta": torch.tensor(self.theta)}
 
-    def schedule(self, epoch_steps):
-        return torch.full_like(epoch_steps, 7), 2
+    def schedule(self, epoch_steps, state):
+        return torch.full_like(epoch_steps, 7), torch.full_like(epoch_steps, 2)
 
-    def observe(self, u, state):
+    def signal(self, state):
+        return state
+
+    def observe(self, u, told, signal):
         norm = u.square().sum()
-        go = norm <= state["theta"] if self.local else torch.ones((), dtype=torch.bool)
+        go = norm <= signal["theta"] if self.local else torch.ones((), dtype=torch.bool)
         return {"norm": norm}, go
 
-    def stop(self, seen, done, state):
-        return not self.local and bool(seen.payload["norm"].mean() > state["theta"])
+    def watch(self, seen, plan, state):
+        stop = not self.local and bool(seen.payload["norm"].mean() > state["theta"])
+        return None if stop else torch.full_like(plan.limit, 2), state
 
-    def update(self, state, done, stats, change):
+    def update(self, state, plan, stats, spent, change):
         return {"theta": state["theta"] * 2}
+
+    def tell(self, state):
+        return {}

@@ -7,6 +7,7 @@ What a client does is in `client.py`; where it does it, in `engines/`; every par
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from taciturn.core.errors import AllClientsFailed, require
 from taciturn.core.random import Key, fold
 from taciturn.core.state import State
-from taciturn.core.types import OK, STATUS, Cast, Engine, Plan
+from taciturn.core.types import OK, STATUS, Cast, Engine, Plan, Record, SyncRule
 from taciturn.core.vector import Layout, Vector
 from taciturn.method import Method
 
@@ -39,7 +40,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class RoundStats:
-    """What a round tells the record: per client [M], and what each left-out client failed of."""
+    """What a round tells the record: per client [M], what each left-out client failed of, what the sync rule saw."""
 
     ids: Tensor
     loss: Tensor
@@ -47,56 +48,70 @@ class RoundStats:
     status: Tensor
     exchanges: int
     left_out: dict[int, str] = field(default_factory=dict)
+    sync: dict[str, Any] = field(default_factory=dict)
 
 
 def start(x0: Vector, sizes: Tensor, method: Method) -> ServerState:
     """The server before the first round. sizes [N]: samples of every client."""
-    return ServerState(0, x0, method.server.init(x0), method.aggregator.init(x0, sizes), method.sync.init())
+    return ServerState(0, x0, method.server.init(x0), method.aggregator.init(x0, sizes), method.sync.init(x0))
 
 
-def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method) -> tuple[Plan, int]:
-    """Who does how much and counts how much: sizes [M] samples -> (plan, steps between two observations)."""
+def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method, sync: State) -> tuple[Plan, Tensor]:
+    """Who does how much and counts how much: sizes [M] samples -> (plan, steps of each before the first look [M])."""
     require(len(ids) > 0, "method.participation drew no client; at least one must take part")
     epoch_steps = (sizes + method.batch_size - 1) // method.batch_size
-    limit, stride = method.sync.schedule(epoch_steps)
-    return Plan(round, ids, limit, method.aggregator.weigh(sizes), method.solver.schedule(round)), stride
+    limit, stride = method.sync.schedule(epoch_steps, sync)
+    return Plan(round, ids, epoch_steps, limit, method.aggregator.weigh(sizes), method.solver.schedule(round)), stride
+
+
+def train(engine: Engine, rule: SyncRule, sync: State, cast: Cast, plan: Plan, stride: Tensor) -> State:
+    """Local training until the sync rule ends it -> the rule's state."""
+    engine.begin(cast, plan, rule.signal(sync))  # send each client what it lacks
+    more: Tensor | None = stride
+    while more is not None:
+        seen = engine.advance(more)  # some local steps on every client; a few bytes come back
+        more, sync = rule.watch(seen, plan, sync)  # until the rule says so ...
+        more = more if seen.live.any() else None  # ... or all have halted by themselves
+    return sync
 
 
 def fed_round(
     server: ServerState, ids: Tensor, sizes: Tensor, method: Method, engine: Engine, layout: Layout, key: Key
 ) -> tuple[ServerState, RoundStats]:
     """Server state and a cohort -> the next server state. Errors: `AllClientsFailed`; the state is as before."""
-    plan, stride = plan_round(server.round, ids, sizes, method)  # 1 work and weight of each client
+    plan, stride = plan_round(server.round, ids, sizes, method, server.sync)  # 1 work and weight of each client
     down_key = fold(key, "broadcast")
-    cast = method.broadcast.publish(server.x, server.round, server.cast, layout, down_key)  # 2 encode the model once ...
-    engine.begin(cast, plan, server.sync)  #   ... and send each client what it lacks
-    done, stop = 0, False
-    while not stop:  # 3 local training on every client
-        seen = engine.advance(stride)  # 4   a few local steps; a few bytes come back
-        done += 1
-        stop = not seen.live.any() or method.sync.stop(seen, done, server.sync)  # 5   until the rule says so
+    cast = method.broadcast.publish(server.x, server.round, server.cast, layout, down_key)  # 2 encode the model once
+    sync = train(engine, method.sync, server.sync, cast, plan, stride)  # 3-5 send it; local training on every client
     total = method.aggregator.start(server.agg, server.x)
     blocks = []
     for block in engine.collect():  # 6 encoded updates arrive, are decoded, checked finite ...
         total = method.aggregator.add(total, block)  # 7 ... and aggregated
         blocks.append((block.ids, block.stats, block.status))
-    stats = _gather(blocks, done)
-    accepted = stats.ids[stats.status == OK]
+    found, spent = _gather(blocks, ids), engine.spent()
+    stats = _told(ids, found, spent.exchanges)
+    accepted = ids[found["status"] == OK]
     if not len(accepted):
         raise AllClientsFailed(_obituary(server.round, stats))
     change, agg = method.aggregator.finish(total)
     x, opt = method.server.step(server.x, change.update, server.opt)  # 8 server optimizer (FedOpt)
-    sync = method.sync.update(server.sync, done, {"loss": stats.loss}, change)  # 9 the rule's next threshold
+    sync = method.sync.update(sync, plan, found, spent, change)  # 9 the rule's next threshold
     engine.commit(accepted)  # 10 accepted clients keep their new state
+    stats = replace(stats, sync=method.sync.tell(sync))
     return replace(server, round=server.round + 1, x=x, opt=opt, agg=agg, sync=sync, cast=cast), stats
 
 
-def _gather(blocks: list[tuple[Tensor, dict[str, Tensor], Tensor]], done: int) -> RoundStats:
-    ids = torch.cat([ids for ids, _, _ in blocks])
-    loss, steps = (torch.cat([stats[name] for _, stats, _ in blocks]) for name in ("loss", "steps"))
-    status = torch.cat([status for _, _, status in blocks])
-    left_out = {int(i): STATUS[int(s)] for i, s in zip(ids, status, strict=True) if s != OK}
-    return RoundStats(ids, loss, steps, status, done, left_out)
+def _gather(blocks: list[tuple[Tensor, Record, Tensor]], ids: Tensor) -> Record:
+    """What rode on the uploads, and their status, in the order of the cohort: {name: [M]}."""
+    arrived = torch.cat([ids for ids, _, _ in blocks])
+    order = torch.argsort(arrived)[torch.argsort(torch.argsort(ids))]
+    found = {name: torch.cat([stats[name] for _, stats, _ in blocks])[order] for name in blocks[0][1]}
+    return found | {"status": torch.cat([status for _, _, status in blocks])[order]}
+
+
+def _told(ids: Tensor, found: Record, exchanges: int) -> RoundStats:
+    left_out = {int(i): STATUS[int(s)] for i, s in zip(ids, found["status"], strict=True) if s != OK}
+    return RoundStats(ids, found["loss"], found["steps"], found["status"], exchanges, left_out)
 
 
 def _obituary(round: int, stats: RoundStats) -> str:

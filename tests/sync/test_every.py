@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from taciturn.core.errors import ConfigError
-from taciturn.core.types import Change, Observations
+from taciturn.core.types import Change, Observations, Plan, Spent
 from taciturn.sync import every
 
 EPOCH_STEPS = torch.tensor([1, 4, 2])
@@ -29,21 +29,22 @@ SCHEDULES = {
 def test_steps_of_each_client_and_of_the_round(name):
     rule, limit, stride = SCHEDULES[name]
     kept = EPOCH_STEPS.clone()
-    got, got_stride = rule.schedule(EPOCH_STEPS)
-    assert got.tolist() == limit and got.dtype == torch.int64 and got_stride == stride and type(got_stride) is int
+    got, got_stride = rule.schedule(EPOCH_STEPS, {})
+    assert got.tolist() == limit and got.dtype == torch.int64 and int(got_stride.max()) == stride
     assert torch.equal(EPOCH_STEPS, kept)
 
 
 @pytest.mark.parametrize("rule", [rule for rule, _, _ in SCHEDULES.values()], ids=SCHEDULES)
-def test_silent_and_over_after_one_stride(rule):
-    assert rule.silent and rule.init() == {}
-    payload, go = rule.observe(torch.zeros(3), {})
+def test_nobody_looks_and_over_after_one_stride(rule):
+    assert rule.observer == "nobody" and rule.init(torch.zeros(3)) == {} and rule.signal({}) == {} and rule.tell({}) == {}
+    payload, go = rule.observe(torch.zeros(3), {}, {})
     assert payload == {} and bool(go) and go.shape == () and go.dtype == torch.bool
-    seen = Observations({}, torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool))
-    assert rule.stop(seen, 1, {}) is True
-    assert rule.update({}, 1, {}, Change(torch.zeros(3))) == {}
-    limit, stride = rule.schedule(EPOCH_STEPS)
-    assert int(limit.max()) == stride, "nobody is left with steps to do, and no stride is longer than needed"
+    limit, stride = rule.schedule(EPOCH_STEPS, {})
+    assert torch.equal(limit, stride), "nobody is left with steps to do, and no stride is longer than needed"
+    everyone = torch.ones(3, dtype=torch.bool)
+    plan = Plan(0, torch.arange(3), EPOCH_STEPS, limit, torch.ones(3))
+    assert rule.watch(Observations({}, everyone, everyone, Spent()), plan, {}) == (None, {})
+    assert rule.update({}, plan, {}, Spent(), Change(torch.zeros(3))) == {}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, MethodError, RunError, require
 from taciturn.core.random import Key
-from taciturn.core.types import OK, Block, Cast
+from taciturn.core.types import OK, Block, Cast, Plan
 from taciturn.core.vector import Vector
 from taciturn.engines import LocalEngine, build
 from taciturn.engines.crew import Alone
@@ -33,7 +33,7 @@ from taciturn.engines.modes import trainer
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.runner import prepare
 from taciturn.method import Method
-from taciturn.round import ServerState, fed_round, plan_round
+from taciturn.round import ServerState, fed_round, plan_round, train
 
 CLIENTS = 40  # clients that are sampled at most
 MESSAGES = 320  # messages in all
@@ -98,14 +98,13 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     draws = _draws(work.split.layout.d, len(ids), messages)
     with closing(run.engine.crew):
         path, server, seconds, (up, down), cohort = _train(run, rounds)
-        sent, client = _draw(run.engine, work, server, method, ids, draws, key, experiment)
+        sent, client, did = _draw(run.engine, work, server, method, ids, draws, key, experiment)
     weights = method.aggregator.weigh(sizes)
     curvature = _curvature(work, server.x, ids, weights[ids], random.fold(key, "curvature"))
     curve = torch.tensor([replace(curvature, x=x).loss() for x in path], dtype=torch.float64)
-    plan, _ = plan_round(server.round, ids, sizes[ids], method)
     share = weights[ids].to(torch.float64) / weights[ids].to(torch.float64).sum()
-    steps = float((plan.limit * share).sum())
-    gamma, note = _step_size(method, plan.lr_scale, sent.mean(0), curvature, steps)
+    steps = float((did * share).sum())
+    gamma, note = _step_size(method, method.solver.schedule(server.round), sent.mean(0), curvature, steps)
     effective = float(weights.sum() ** 2 / weights.square().sum()) * cohort / len(sizes)
     cost = {"rounds": float(rounds), "messages": float(len(sent)), "samples": float(len(curvature.weights))}
     cost |= {"seconds": time.perf_counter() - began}
@@ -164,13 +163,16 @@ def _draw(
     draws: int,
     key: Key,
     experiment: Experiment,
-) -> tuple[Tensor, Tensor]:
-    """-> messages [n, d] float32, client [n]: each sampled client `draws` times, from x, with keys of each draw's own."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> messages [n, d] float32, client [n], local steps of each client in the mean [m]: each sampled client `draws`
+    times, from x, with keys of each draw's own.
+    """
     single = method.replace(broadcast=Broadcast(identity()))
     cast = Cast(0, server.round, {"x": server.x}, ((0, {"values": server.x}),))
-    plan, stride = plan_round(server.round, ids, work.task.train.sizes[ids], single)
+    plan, stride = plan_round(server.round, ids, work.task.train.sizes[ids], single, server.sync)
     rows: list[Tensor] = []
     owners: list[Tensor] = []
+    steps: list[Tensor] = []
     name = "stacked" if experiment.engine == "ray" else experiment.engine
     other, path = build(name, work, single, key, block=experiment.block, each=True)
     other.store.write(ids, engine.store.read(ids))
@@ -180,23 +182,20 @@ def _draw(
             good = block.status == OK
             rows.append(block.updates[good].to(torch.float32).cpu())
             owners.append(torch.searchsorted(ids, block.ids[good]))
+            steps.append(block.stats["steps"][good].to(torch.float64))
     sent, client = torch.cat(rows), torch.cat(owners)
-    if len(sent) < FEWEST or int((torch.bincount(client, minlength=len(ids)) == 0).sum()):
+    counts = torch.bincount(client, minlength=len(ids))
+    if len(sent) < FEWEST or int((counts == 0).sum()):
         raise RunError(
             f"advise: {len(sent)} of {draws * len(ids)} messages of the pilot are finite; lower method.solver.lr, or set "
             "its clip"
         )
-    return sent, client
+    return sent, client, torch.bincount(client, torch.cat(steps), len(ids)) / counts
 
 
-def _messages(engine: LocalEngine, cast: Cast, plan: Any, stride: int, method: Method, server: ServerState) -> list[Block]:
+def _messages(engine: LocalEngine, cast: Cast, plan: Plan, stride: Tensor, method: Method, server: ServerState) -> list[Block]:
     """Local training as in `fed_round`, up to the uploads; nothing is committed."""
-    engine.begin(cast, plan, server.sync)
-    done, stop = 0, False
-    while not stop:
-        seen = engine.advance(stride)
-        done += 1
-        stop = not seen.live.any() or method.sync.stop(seen, done, server.sync)
+    train(engine, method.sync, server.sync, cast, plan, stride)
     return list(engine.collect())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -49,12 +49,13 @@ class Split:
 class Plan:
     """What differs between the clients of a cohort, as data. Every tensor is [M], in the order of `ids`.
 
-    limit: local steps after which a client halts by itself; weights: what it counts in the average;
-    lr_scale: factor of the client learning rate in this round (a schedule).
+    epoch_steps: local steps of one pass over its data; limit: steps after which a client halts by itself; weights: what
+    it counts in the average; lr_scale: factor of the client learning rate in this round (a schedule).
     """
 
     round: int
     ids: Tensor
+    epoch_steps: Tensor
     limit: Tensor
     weights: Tensor
     lr_scale: float = 1.0
@@ -97,12 +98,25 @@ class Change:
 class Observations:
     """What came back during a round: payload [M, ..] by name, which clients were heard, which are still training.
 
-    Rows of clients that were not heard mean nothing.
+    Rows of clients that were not heard mean nothing. spent: of this round so far.
     """
 
     payload: Payload
     heard: Tensor  # [M] bool
     live: Tensor  # [M] bool
+    spent: Spent
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a client of the cohort spent on a round, in the mean: bytes `up` and `down` (without what is sent once),
+    round trips, and the seconds of one local step, by this machine's clock (0 before the first).
+    """
+
+    up: float = 0.0
+    down: float = 0.0
+    exchanges: int = 0
+    step_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -201,31 +215,43 @@ class Solver(Protocol):
 
 
 class SyncRule(Protocol):
-    """WHEN to synchronise."""
+    """WHEN to synchronise. The state is the server's; clients know of it what `signal` tells them."""
 
     @property
-    def silent(self) -> bool:
-        """True if no message is needed before the upload; then an engine may do the round in one exchange."""
+    def observer(self) -> Literal["nobody", "client", "server"]:
+        """Who looks while clients train. The server: a message after each stride. Each client at itself, stride after
+        stride: the round is one exchange, and the last payload rides on the upload. Nobody: one stride, one exchange.
+        """
         ...
 
-    def init(self) -> State:
-        """The server's state of the rule."""
+    def init(self, x: Vector) -> State:
+        """The server's state of the rule before the first round."""
         ...
 
-    def schedule(self, epoch_steps: Tensor) -> tuple[Tensor, int]:
-        """Steps per epoch of each client [M] -> (steps after which each halts [M], steps between two observations)."""
+    def schedule(self, epoch_steps: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Steps of an epoch of each client [M] -> steps after which it halts [M], and of its first stride [M]."""
         ...
 
-    def observe(self, u: Vector, state: State) -> tuple[Payload, Tensor]:
-        """On the client, with its drift u [d] and the rule's state as sent: (a few bytes, go on [] bool)."""
+    def signal(self, state: State) -> Payload:
+        """What every client is told when the round begins."""
         ...
 
-    def stop(self, seen: Observations, done: int, state: State) -> bool:
-        """On the server: end the round?"""
+    def observe(self, u: Vector, told: Record, signal: Payload) -> tuple[Payload, Tensor]:
+        """On a client, after a stride: (a few bytes, go on [] bool). u [d] its drift; told: "done" [] its local steps,
+        "loss" [] the sum of their losses.
+        """
         ...
 
-    def update(self, state: State, done: int, stats: dict[str, Tensor], change: Change) -> State:
-        """The rule's state for the next round."""
+    def watch(self, seen: Observations, plan: Plan, state: State) -> tuple[Tensor | None, State]:
+        """On the server, after a stride: the steps of the next one [M], or None to end the round; and its state."""
+        ...
+
+    def update(self, state: State, plan: Plan, stats: Record, spent: Spent, change: Change) -> State:
+        """The state for the next round. stats [M]: "loss", "steps", "status", and what rode on the upload."""
+        ...
+
+    def tell(self, state: State) -> dict[str, Any]:
+        """What the record keeps of the round, as plain numbers and lists of them."""
         ...
 
 
@@ -343,16 +369,20 @@ class Task(Protocol):
 class Engine(Protocol):
     """WHERE clients run."""
 
-    def begin(self, cast: Cast, plan: Plan, sync: State) -> None:
-        """Send each client of the plan what it lacks; training starts with `advance`."""
+    def begin(self, cast: Cast, plan: Plan, signal: Payload) -> None:
+        """Send each client of the plan what it lacks, and the sync rule's signal; training starts with `advance`."""
         ...
 
-    def advance(self, steps: int) -> Observations:
-        """Up to `steps` local steps on every live client; then a few bytes from each."""
+    def advance(self, steps: Tensor) -> Observations:
+        """Up to `steps` [M] local steps on every live client; then a few bytes from each."""
         ...
 
     def collect(self) -> Iterator[Block]:
         """The decoded uploads, block after block; a block may be dropped once it is aggregated."""
+        ...
+
+    def spent(self) -> Spent:
+        """What the round has cost so far."""
         ...
 
     def commit(self, accepted: Tensor) -> None:

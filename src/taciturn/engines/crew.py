@@ -28,7 +28,7 @@ class Crew(Protocol):
         """How many blocks are worked on at once."""
         ...
 
-    def begin(self, held: State, round: int, lr_scale: float, sync: State) -> None:
+    def begin(self, held: State, round: int, lr_scale: float, signal: State) -> None:
         """`Trainer.begin`, everywhere."""
         ...
 
@@ -48,9 +48,9 @@ class Alone:
     trainer: Trainer
     count: int = 1
 
-    def begin(self, held: State, round: int, lr_scale: float, sync: State) -> None:
+    def begin(self, held: State, round: int, lr_scale: float, signal: State) -> None:
         """A new round."""
-        self.trainer.begin(held, round, lr_scale, sync)
+        self.trainer.begin(held, round, lr_scale, signal)
 
     def each(self, command: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """One after the other."""
@@ -104,13 +104,13 @@ class Workers:
         self._hire, self._share, self._lend, self._retries = hire, share, lend, retries
         self.count, self._posts, self.deaths = count, list[_Post](), 0
 
-    def begin(self, held: State, round: int, lr_scale: float, sync: State) -> None:
+    def begin(self, held: State, round: int, lr_scale: float, signal: State) -> None:
         """A new round, for all."""
         self._posts = self._posts or [_Post(self._hire()) for _ in range(self.count)]
         self._bad, shared = 0, self._share(held)
         for post in self._posts:
             post.told, post.answered = [], 0
-            self._tell(post, "begin", shared, round, lr_scale, sync)
+            self._tell(post, "begin", shared, round, lr_scale, signal)
         for post in self._posts:
             self._answer(post)
 

@@ -10,8 +10,10 @@ Symbols: M clients of the cohort in plan order; m clients of a block; own: the r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from taciturn.core.types import (
     Payload,
     Plan,
     Record,
+    Spent,
 )
 from taciturn.engines.crew import Crew
 from taciturn.engines.post import Post
@@ -77,11 +80,12 @@ class LocalEngine:
 
     # ------------------------------------------------------------------------------------------------------ the round
 
-    def begin(self, cast: Cast, plan: Plan, sync: State) -> None:
-        """Send each client the frames it lacks; cut the cohort into blocks."""
-        self._cast, self._plan = cast, plan
-        self._owed = 0  # steps that a silent rule has asked for; they run when the block is collected
+    def begin(self, cast: Cast, plan: Plan, signal: Payload) -> None:
+        """Send each client the frames it lacks and the rule's signal; cut the cohort into blocks."""
+        self._cast, self._plan, self._signal = cast, plan, signal
+        self._stride: Tensor | None = None
         self._groups, self._pending = [], []
+        self._done, self._seconds = torch.zeros_like(plan.limit), 0.0
         self.post.begin(plan.round)
         self.clients.touch(plan.ids)
         self.post.enrol(plan.ids, self.work.task.train.sizes[plan.ids])
@@ -90,29 +94,61 @@ class LocalEngine:
             ids = plan.ids[where]
             held = self.post.model("model", ids, cast)
             self._groups.append(_Group(where, ids, held, torch.ones(len(ids), dtype=torch.bool)))
-        if sync and not self.method.sync.silent:
-            rows = {name: value.expand(len(plan.ids), *value.shape) for name, value in sync.items()}
-            self.post.message("down", "monitor", plan.ids, rows)
-        self.crew.begin(cast.held, plan.round, plan.lr_scale, sync)
+        if signal and self.method.sync.observer != "server":  # else it goes with the first stride
+            self._say(signal)
+        self.crew.begin(cast.held, plan.round, plan.lr_scale, signal)
         self.post.ledger.exchange()
+
+    def _say(self, told: Payload, steps: Tensor | None = None) -> None:
+        """The rule's word to all that still train: a signal, and how many steps to do until the next look [M]."""
+        live = self._live()
+        if live.any():
+            rows = {name: value.expand(int(live.sum()), *value.shape) for name, value in told.items()}
+            rows |= {} if steps is None else {"steps": steps[live].to(torch.int32)}
+            self.post.message("down", "monitor", self._plan.ids[live], rows)
 
     def _size(self, m: int) -> int:
         """Clients of each block: few and equal blocks, of at most `block` clients, and at least as many as workers."""
         blocks = max(math.ceil(m / self.block), self._least)
         return math.ceil(m / blocks)
 
-    def advance(self, steps: int) -> Observations:
-        """Local steps; with a silent rule they are only noted, and run block by block in `collect`."""
-        if self.method.sync.silent:
-            self._owed += steps
+    def advance(self, steps: Tensor) -> Observations:
+        """Local steps; where nobody looks from here they are only noted, and run block by block in `collect`."""
+        first, self._stride = self._stride is None, steps
+        if self.method.sync.observer != "server":
             everyone = torch.ones(len(self._plan.ids), dtype=torch.bool)
-            return Observations({}, everyone, everyone)
-        heard = torch.cat([group.live for group in self._groups])
-        found = self.crew.each("observe", ((n, self._job(n), steps) for n in range(len(self._groups))))
-        seen = [self._hear(group, *answer) for group, answer in zip(self._groups, found, strict=True)]
+            return Observations({}, everyone, everyone, self.spent())
+        self._say(self._signal if first else {}, steps)
+        heard = self._live()
+        calls = ((n, self._job(n), steps[group.where]) for n, group in enumerate(self._groups))
+        seen = [self._hear(group, *answer) for group, answer in zip(self._groups, self._timed("observe", calls), strict=True)]
+        self._done += torch.where(heard, torch.minimum(self._plan.limit - self._done, steps), 0)
         self.post.ledger.exchange()
-        live = torch.cat([group.live for group in self._groups])
-        return Observations({name: torch.cat([payload[name] for payload in seen]) for name in seen[0]}, heard, live)
+        payload = {name: self._in_order([payload[name] for payload in seen]) for name in seen[0]}
+        return Observations(payload, heard, self._live(), self.spent())
+
+    def _timed(self, command: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """The crew's answers; the time that they took is counted."""
+        began = time.perf_counter()
+        for answer in self.crew.each(command, calls):
+            self._seconds += time.perf_counter() - began
+            yield answer
+            began = time.perf_counter()
+
+    def _live(self) -> Tensor:
+        """Who still trains [M]."""
+        return self._in_order([group.live for group in self._groups])
+
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
+        """Rows of the blocks, in the order of the plan."""
+        where = torch.cat([group.where for group in self._groups])
+        return torch.cat(parts)[torch.argsort(where).to(parts[0].device)]
+
+    def spent(self) -> Spent:
+        """Bytes and round trips so far; seconds of a step of one client, by the clock, in one of the workers."""
+        up, down, exchanges = self.post.ledger.spent(len(self._plan.ids))
+        steps = int(self._done.sum())
+        return Spent(up, down, exchanges, self.crew.count * self._seconds / steps if steps else 0.0)
 
     def _hear(self, group: _Group, payload: Payload, live: Tensor) -> Payload:
         """A few bytes from each client that was still training; rows of the others are not to be read."""
@@ -134,17 +170,23 @@ class LocalEngine:
     def collect(self) -> Iterator[Block]:
         """Upload, decode, check: one block after the other, so that a cohort need not fit in memory."""
 
-        def call(number: int) -> tuple[int, Job | None, int, Tensor | None]:
-            weights = self._counted(self._groups[number]) if self._summed else None
-            return number, self._job(number), self._owed, weights
+        def call(number: int) -> tuple[int, Job | None, Tensor | None, Tensor | None]:
+            group = self._groups[number]
+            weights = self._counted(group) if self._summed else None
+            return number, self._job(number), owed if owed is None else owed[group.where], weights
 
-        found = self.crew.each("collect", (call(number) for number in range(len(self._groups))))
+        watched = self.method.sync.observer == "server"
+        owed = None if watched else self._stride
+        if watched:
+            self._say({}, torch.zeros_like(self._plan.ids))  # stop
+        found = self._timed("collect", (call(number) for number in range(len(self._groups))))
         for group, upload in zip(self._groups, found, strict=True):
             m = len(group.ids)
             payload = {name: t if len(t) == m else t.expand(m, *t.shape[1:]) for name, t in upload.payload.items()}
             riders = {f"stats.{name}": value for name, value in upload.stats.items()}
             received = self.post.message("up", "update", group.ids, payload, riders)
             stats = {name: received[f"stats.{name}"].cpu() for name in upload.stats}
+            self._done[group.where] = stats["steps"].to(self._done)
             yield self._receive(group, {name: received[name] for name in upload.payload}, stats, upload)
 
     def _counted(self, group: _Group) -> Tensor:

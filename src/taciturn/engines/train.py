@@ -117,35 +117,49 @@ class Trainer:
         self._key, self.way, self._lift = key, way, lift
         self._open: dict[int, _Open] = {}
 
-    def begin(self, held: State, round: int, lr_scale: float, sync: State) -> None:
+    def begin(self, held: State, round: int, lr_scale: float, signal: Payload) -> None:
         """A new round; jobs of the last one are forgotten. held: for jobs that do not say what their clients hold."""
-        self._held, self._round, self._lr_scale, self._sync, self._open = held, round, lr_scale, sync, {}
+        self._held, self._round, self._lr_scale, self._signal, self._open = held, round, lr_scale, signal, {}
 
-    def observe(self, number: int, job: Job | None, steps: int) -> tuple[Payload, Tensor]:
-        """Up to `steps` local steps of each live client of a job -> the rule's payload [m, ..], who goes on [m].
+    def observe(self, number: int, job: Job | None, steps: Tensor) -> tuple[Payload, Tensor]:
+        """Up to `steps` [m] local steps of each live client of a job -> the rule's payload [m, ..], who goes on [m].
 
         job: where it is not open yet. Rows of clients that had halted before mean nothing.
         """
         opened = self._opened(number, job)
         opened.parts = opened.parts or list(self._parts(opened))
-        u = opened.start.new_empty(opened.start.shape)
+        found = []
         for part in opened.parts:
             self._advance(opened, part, steps)
-            self._settle(part)
-            self.way.drift(part.value, u[part.place])
-        payload, go = self._lift(lambda u: self._rule.observe(u, self._sync))(u)
-        opened.live = opened.live & go.cpu() & (opened.done < opened.job.limit)
-        return payload, opened.live
+            found.append(self._look(opened, part))
+        payload = {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        return payload, opened.live.clone()
 
-    def collect(self, number: int, job: Job | None, steps: int, weights: Tensor | None) -> Upload:
-        """`steps` more local steps, then the encoded updates; the job is closed. weights [m]: their sum is enough."""
+    def _look(self, opened: _Open, part: _Part) -> Payload:
+        """What the rule sees of a part's clients, once they are back in the order of the block; who is live is noted."""
+        self._settle(part)
+        u = opened.start.new_empty(len(part.rows), opened.start.shape[1])
+        self.way.drift(part.value, u)
+        local = self.way.record(part.value)
+        told = {name: local[name] for name in ("done", "loss")}
+        payload, go = self._lift(lambda u, told: self._rule.observe(u, told, self._signal))(u, told)
+        opened.live[part.place] &= go.cpu() & (opened.done < opened.job.limit)[part.place]
+        return payload  # type: ignore[no-any-return]
+
+    def collect(self, number: int, job: Job | None, steps: Tensor | None, weights: Tensor | None) -> Upload:
+        """Local steps that are owed, then the encoded updates; the job is closed. weights [m]: their sum is enough.
+
+        steps [m]: of a stride; where the clients look at themselves, stride follows stride until all have halted.
+        """
         opened = self._opened(number, job)
         del self._open[number]
         m, d = opened.start.shape
         u = opened.start.new_empty(d if weights is not None else (m, d)).expand(m, d)
         total, finite, records = u.new_zeros(d), torch.ones(m, dtype=torch.bool), []
+        riders: list[Payload] = []
         for part in opened.parts or self._parts(opened):
-            self._advance(opened, part, steps)
+            if steps is not None:
+                riders.append(self._run(opened, part, steps))
             self._settle(part)
             records.append(self.way.record(part.value))
             if weights is None:
@@ -157,10 +171,23 @@ class Trainer:
         local: State = tree_map(lambda *t: torch.cat(t), *records) if len(records) > 1 else records[0]
         keys = random.fold(self._key, opened.job.ids, "encode", self._round).to(u.device)
         upload = Upload(*self._lift(lambda *a: client.collect(self.work, *a))(local, u, opened.job.own, keys))
+        rode = {name: torch.cat([one[name] for one in riders]) for name in riders[0]} if riders else {}
+        upload = replace(upload, stats=upload.stats | rode)
         if weights is None:
             return upload
         payload, _ = self.work.codec.encode(total, {}, keys[0], layout=self.work.split.layout, knobs={})
         return replace(upload, payload={name: t.unsqueeze(0) for name, t in payload.items()}, finite=finite)
+
+    def _run(self, opened: _Open, part: _Part, steps: Tensor) -> Payload:
+        """A round of a part in one exchange -> what the rule lets ride on the upload."""
+        self._advance(opened, part, steps)
+        if self._rule.observer != "client":
+            return {}
+        payload = self._look(opened, part)
+        while opened.live[part.place].any():
+            self._advance(opened, part, steps)
+            payload = self._look(opened, part)  # a client that has halted stands still: it sees what it saw
+        return payload
 
     def measure(self, number: int, job: Job, split: str) -> dict[str, Tensor]:
         """Sums [m] of the model that clients hold, with their own parts, on their own data of a split."""
@@ -208,10 +235,10 @@ class Trainer:
             yield _Part(torch.arange(a, b), self.way.begin(job.held, opened.start[a:b], own, self._lr_scale, steps))
             a = b
 
-    def _advance(self, opened: _Open, part: _Part, steps: int) -> None:
-        """Up to `steps` local steps of the live clients of a part."""
+    def _advance(self, opened: _Open, part: _Part, steps: Tensor) -> None:
+        """Up to `steps` [m] local steps of the live clients of a part."""
         job, data, done, device = opened.job, self.work.task.train, opened.done, opened.start.device
-        todo = torch.where(opened.live, (job.limit - done).clamp(0, steps), 0)[part.rows]
+        todo = torch.where(opened.live, torch.minimum(job.limit - done, steps).clamp(min=0), 0)[part.rows]
         n = int(todo.max())
         if not n:
             return

@@ -16,7 +16,7 @@ from taciturn.core import random
 from taciturn.core.state import leaves
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.runner import prepare
-from taciturn.round import fed_round, plan_round
+from taciturn.round import fed_round
 
 _SHARES: tuple[Callable[[str], bool], ...] = (
     lambda kind: kind.startswith("up/") and not kind.endswith("/setup"),
@@ -36,9 +36,8 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     method, sizes, split = experiment.method, run.task.train.sizes, run.work.split
     key = random.fold(run.key, "round", 0)
     ids = method.participation.draw(0, key, torch.ones(len(sizes), dtype=torch.bool))
-    plan, _ = plan_round(0, ids, sizes[ids], method)
     with closing(run.engine.crew):
-        fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
+        _, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
         kinds = run.engine.post.ledger.close_round()["by_kind"]
         began = time.perf_counter()
         fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
@@ -55,7 +54,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
         "p": split.personal.d,
         "engine": f"{run.path.name} ({run.path.why})",
         "randomness": run.task.facts.randomness,
-        "steps_mean": float(plan.limit.to(torch.float64).mean()),
+        "steps_mean": float(stats.steps.to(torch.float64).mean()),
         "bytes_up": up,
         "bytes_down": down,
         "bytes_once": once,

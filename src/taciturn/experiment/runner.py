@@ -293,6 +293,8 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
         "metrics": metrics,
         "spread": spread,
         "steps": float(stats.steps.to(torch.float64).mean()),
+        "longest": int(stats.steps.max()),
+        "sync": stats.sync,
         "cohort": stats.ids.tolist(),
         "left_out": [{"client": names[i], "why": why} for i, why in stats.left_out.items()],
         "traffic": traffic,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ONCE = {f"{way}/{kind}" for way in ("up", "down") for kind in ("setup", "evaluate")}
+
 
 class Ledger:
     """Counts of the current round by client, and of the whole run by direction and kind."""
@@ -36,6 +38,14 @@ class Ledger:
     def exchange(self) -> None:
         """One more round trip between server and cohort."""
         self._exchanges += 1
+
+    def spent(self, clients: int) -> tuple[float, float, int]:
+        """Of this round so far: bytes up and down for each of `clients`, without what is sent once; round trips."""
+        spent = [
+            sum(e["payload"] + e["frame"] for name, e in self._round.items() if name.startswith(way) and name not in _ONCE)
+            for way in ("up", "down")
+        ]
+        return spent[0] / clients, spent[1] / clients, self._exchanges
 
     def close_round(self) -> dict[str, Any]:
         """What the round cost, as plain numbers for the record; the next round starts at zero."""
