@@ -4,7 +4,7 @@ from setuptools import Extension, setup
 
 NATIVE = "src/taciturn/core/native"
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fno-strict-aliasing"]
-SOURCES = [f"{NATIVE}/kernels.c", f"{NATIVE}/pack.c"]
+SOURCES = [f"{NATIVE}/{name}.c" for name in ("kernels", "pack", "ams")]
 
 # optional: without a compiler the install goes on, and torch does the kernels' work
 setup(

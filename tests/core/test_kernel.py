@@ -170,6 +170,49 @@ def test_rotate_spreads_one_value_evenly():
         assert torch.allclose(touched.abs(), torch.full_like(touched, 3.0 / min(block, d) ** 0.5))
 
 
+def coefficients(m: int, seed: int = 0) -> torch.Tensor:
+    """[6, m] of 0..2^31 - 2, the smallest and the largest among them."""
+    drawn = eager.shift(random.bits(random.key(seed), 6 * m), 1) % (2**31 - 1)
+    return torch.where(drawn % 5 == 0, drawn % 2 * (2**31 - 2), drawn).view(6, m)
+
+
+@compiled
+@pytest.mark.parametrize("d", [0, *SIZES])
+@pytest.mark.parametrize("m, columns", [(1, 1), (2, 2), (3, 500), (4, 12345), (5, 250), (7, 32768)])
+def test_ams(d, m, columns):
+    for first in (0, 2**31 - d):
+        table, other = both(lambda first=first: kernel.ams_table(coefficients(m, d), first, d, columns))
+        assert equal(table, other) and table.shape == (m, d) and table.dtype == torch.int16
+        for u in (vector(d), torch.stack([vector(d, i) for i in range(6)]).view(2, 3, d)):
+            a, b = both(lambda u=u, table=table: kernel.ams(u, table, columns))
+            assert same(a, b) and a.shape == (*u.shape[:-1], m, columns)
+
+
+@compiled
+def test_ams_table_takes_leading_axes_and_long_stretches():
+    sets = torch.stack([coefficients(2, i) for i in range(3)])
+    a, b = both(lambda: kernel.ams_table(sets, 5, 300_000, 77))
+    assert equal(a, b) and equal(a[1], kernel.ams_table(sets[1], 5, 300_000, 77))
+    assert equal(a, torch.vmap(lambda f: kernel.ams_table(f, 5, 300_000, 77))(sets))
+
+
+@compiled
+@pytest.mark.parametrize("name", ODD)
+def test_ams_odd_values(name):
+    u = ODD[name]
+    for columns in (1, 3, 500):
+        table = kernel.ams_table(coefficients(3), 0, len(u), columns)
+        assert same(*both(lambda table=table, columns=columns: kernel.ams(u, table, columns)))
+
+
+@compiled
+def test_ams_leaves_out_what_no_column_is_there_for():
+    u = vector(1000)
+    table = kernel.ams_table(coefficients(4), 0, 1000, 32768)
+    a, b = both(lambda: kernel.ams(u.expand(2, 1000), table, 9))
+    assert same(a, b)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_vmap_is_a_loop(native):
     if native and kernel.library() is None:

@@ -1,4 +1,4 @@
-"""The kernels in torch, for every device: slower than their twins in `native/kernels.c`, and the same in every bit.
+"""The kernels in torch, for every device: slower than their twins in C (`native/`), and the same in every bit.
 
 Where a sum decides a bit, its order is fixed: lanes of 1024 are halved ten times, and their sums again. Symbols and shapes
 are those of `core/kernel.py`.
@@ -24,6 +24,7 @@ STREAM = signed(0xD1B54A32D192ED03)  # keeps the draws of a key apart from its c
 _MIX_1 = signed(0xBF58476D1CE4E5B9)
 _MIX_2 = signed(0x94D049BB133111EB)
 _LANES = 1024
+_STRETCH = 1 << 18  # positions hashed at a time, so that what is 64 bits wide for a while stays small
 _LARGEST = float(torch.finfo(torch.float32).max)
 
 
@@ -197,3 +198,35 @@ def rotate(u: Tensor, key: Tensor, block: int, inverse: bool) -> Tensor:
         at += count * block
     out = torch.cat(parts, -1) if parts else x.clone()
     return torch.where(minus, -out, out) if inverse else out
+
+
+# -------------------------------------------------------------------------------------------------------------- ams
+
+
+def _hash(a: Tensor, i: Tensor, c: Tensor) -> Tensor:
+    """fold(a i + c) with fold(r) = (r XOR (r >> 31)) AND (2^31 - 1), for a, i, c of 0..2^31 - 1."""
+    r = a * i + c
+    return (r ^ (r >> 31)) & 0x7FFFFFFF
+
+
+def ams_table(coefficients: Tensor, first: int, d: int, columns: int) -> Tensor:
+    """Bucket and sign of each position."""
+    f = coefficients.unsqueeze(-1).unbind(-3)
+    out = coefficients.new_empty(*coefficients.shape[:-2], coefficients.shape[-1], d, dtype=torch.int16)
+    for at in range(0, d, _STRETCH):
+        i = torch.arange(first + at, first + min(at + _STRETCH, d), device=coefficients.device)
+        sign = _hash(_hash(_hash(f[2], i, f[3]), i, f[4]), i, f[5])
+        minus = (~sign >> 15) & 1
+        out[..., at : at + len(i)] = _hash(f[0], i, f[1]) % columns - (minus << 15)
+    return out
+
+
+def ams(u: Tensor, table: Tensor, columns: int) -> Tensor:
+    """Sums of each bucket in float64, value after value (on a GPU: in the order that it takes)."""
+    out = u.new_empty(math.prod(u.shape[:-1]), len(table), columns)
+    for j, entries in enumerate(table):
+        bucket, minus = (entries & 0x7FFF).long(), entries < 0
+        for r, row in enumerate(u.reshape(len(out), u.shape[-1])):
+            values = torch.where(minus, -row, row).double()
+            out[r, j] = torch.bincount(bucket, values, columns)[:columns]
+    return out.view(*u.shape[:-1], len(table), columns)

@@ -1,4 +1,4 @@
-"""The door to the compiled kernels: what codecs and random draws spend their time on, in C where it was built.
+"""The door to the compiled kernels: what codecs, sketches and draws spend their time on, in C where it was built.
 
 C and torch give the same bits, so which of them ran is nobody's business: a run goes on where the other began. The C
 library is built when the package is installed; without a compiler, on another device than the CPU, or with
@@ -28,7 +28,7 @@ from taciturn.core import eager
 from taciturn.core.errors import WireError
 
 NORMS = ("max", "l2", "mean")
-NEEDED = "tc_kernels_2"  # a name that the library exports; it counts up when a kernel comes, goes or changes
+NEEDED = "tc_kernels_3"  # a name that the library exports; it counts up when a kernel comes, goes or changes
 _forced: list[None] = []
 
 
@@ -80,10 +80,19 @@ def _batched(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...],
     return found, tuple(0 for _ in found) if isinstance(found, tuple) else 0
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _one_table(op: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, int]:
+    """A table that all rows share stays one; `_batched` would copy it for each of them."""
+    u, table, columns = arguments
+    if in_dims[1] is None:
+        return op(u.movedim(in_dims[0], 0), table, columns), 0
+    us = [u] * info.batch_size if in_dims[0] is None else u.unbind(in_dims[0])
+    return torch.stack([op(*pair, columns) for pair in zip(us, table.unbind(in_dims[1]), strict=True)]), 0
+
+
+def _operator(schema: str, batched: Callable[..., Any] = _batched) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def define(function: Callable[..., Any]) -> Callable[..., Any]:
         op = torch.library.custom_op(f"taciturn::{function.__name__}", function, mutates_args=(), schema=schema)
-        op.register_vmap(partial(_batched, op))
+        op.register_vmap(partial(batched, op))
         return op
 
     return define
@@ -254,6 +263,44 @@ def rotate(u: Tensor, key: Tensor, block: int, inverse: bool) -> Tensor:
     u, key, out = u.contiguous(), key.contiguous(), torch.empty(u.shape)
     sizes = _i64(key.numel(), u.shape[-1])
     native.tc_rotate(_at(u), *sizes, _at(key), *_i64(block), ctypes.c_int(inverse), _at(out))
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- ams
+
+
+@_operator("(Tensor coefficients, int first, int d, int columns) -> Tensor")
+def ams_table(coefficients: Tensor, first: int, d: int, columns: int) -> Tensor:
+    """Where each position goes in each of m rows: [.., 6, m] int64 of 0..2^31 - 2 -> [.., m, d] int16.
+
+    Positions i = first .. first + d - 1, below 2^31. Low 15 bits: the bucket h(i; F0, F1) mod columns, columns <= 2^15;
+    top bit set (negative): minus, where bit 15 of h(h(h(F2; i, F3); i, F4); i, F5) is 0, with h(a; i, c) = fold(a i + c)
+    and fold(r) = (r XOR (r >> 31)) AND (2^31 - 1).
+    """
+    native = _native(coefficients)
+    if native is None:
+        return eager.ams_table(coefficients, first, d, columns)
+    coefficients = coefficients.contiguous()
+    *sets, _, m = coefficients.shape
+    out = torch.empty(*sets, m, d, dtype=torch.int16)
+    native.tc_ams_table(_at(coefficients), *_i64(math.prod(sets), m, first, d, columns), _at(out))
+    return out
+
+
+@_operator("(Tensor u, Tensor table, int columns) -> Tensor", _one_table)
+def ams(u: Tensor, table: Tensor, columns: int) -> Tensor:
+    """Sums of u, with the sign of each position, over each bucket: [.., d] float32, [m, d] int16 -> [.., m, columns].
+
+    In float64, in the order of the positions, then rounded to float32. The table is never copied.
+    """
+    native = _native(u)
+    if native is None:
+        return eager.ams(u, table, columns)
+    u, table = u.contiguous(), table.contiguous()
+    m, d = table.shape
+    out = torch.empty(*u.shape[:-1], m, columns)
+    if native.tc_ams(_at(u), *_i64(math.prod(u.shape[:-1]), d), _at(table), *_i64(m, columns), _at(out)):
+        raise MemoryError("no memory for 768 KiB of sums")
     return out
 
 
