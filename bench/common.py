@@ -21,11 +21,16 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With --quick: the same code with fewer seeds and tasks."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--quick", action="store_true", help="fewer seeds and rounds, same code and keys")
+    return options
+
+
 def arguments(description: str | None) -> argparse.Namespace:
-    """--quick: the same code with fewer seeds and tasks."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="fewer seeds and rounds, same code and keys")
-    return parser.parse_args()
+    """The arguments of a benchmark that takes nothing but --quick."""
+    return parser(description).parse_args()
 
 
 def machine() -> dict[str, Any]:

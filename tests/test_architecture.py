@@ -13,7 +13,7 @@ import taciturn
 
 ROOT = Path(taciturn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ROOMS = ("partition", "participation", "codecs", "sync", "solvers", "aggregation", "server", "wire")
+ROOMS = ("partition", "participation", "codecs", "sync", "solvers", "aggregation", "server", "wire", "fleet")
 # a later floor may import every earlier one; rooms that stand on one floor do not import each other
 FLOORS = [
     {"core"},
@@ -120,7 +120,17 @@ def test_no_inheritance_among_parts():
 
 
 def test_exported_names_are_sorted_complete_and_there():
-    for name in ("", *ROOMS, "tasks.data", "tasks.models", "advisor", "report", "engines", "solvers.schedules"):
+    for name in (
+        "",
+        *ROOMS,
+        "tasks.data",
+        "tasks.models",
+        "advisor",
+        "report",
+        "engines",
+        "solvers.schedules",
+        "sync.thresholds",
+    ):
         module = importlib.import_module(f"taciturn.{name}".rstrip("."))
         assert list(module.__all__) == sorted(module.__all__), name
         for exported in module.__all__:

@@ -6,7 +6,7 @@
 True
 """
 
-from taciturn import aggregation, codecs, participation, partition, server, solvers, sync
+from taciturn import aggregation, codecs, fleet, participation, partition, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import TaciturnError
 from taciturn.experiment.experiment import Experiment, StopAt
@@ -37,6 +37,7 @@ __all__ = [
     "aggregation",
     "codecs",
     "data",
+    "fleet",
     "load",
     "models",
     "participation",

@@ -43,7 +43,7 @@ def test_nobody_looks_and_over_after_one_stride(rule):
     assert torch.equal(limit, stride), "nobody is left with steps to do, and no stride is longer than needed"
     everyone = torch.ones(3, dtype=torch.bool)
     plan = Plan(0, torch.arange(3), EPOCH_STEPS, limit, torch.ones(3))
-    assert rule.watch(Observations({}, everyone, everyone, Spent()), plan, {}) == (None, {})
+    assert rule.watch(Observations({}, everyone, everyone, limit, Spent()), plan, {}) == (None, {})
     assert rule.update({}, plan, {}, Spent(), Change(torch.zeros(3))) == {}
 
 

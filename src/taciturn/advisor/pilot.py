@@ -193,7 +193,9 @@ def _draw(
     return sent, client, torch.bincount(client, torch.cat(steps), len(ids)) / counts
 
 
-def _messages(engine: LocalEngine, cast: Cast, plan: Plan, stride: Tensor, method: Method, server: ServerState) -> list[Block]:
+def _messages(
+    engine: LocalEngine, cast: Cast, plan: Plan, stride: Tensor, method: Method, server: ServerState
+) -> list[Block]:
     """Local training as in `fed_round`, up to the uploads; nothing is committed."""
     train(engine, method.sync, server.sync, cast, plan, stride)
     return list(engine.collect())

@@ -1,6 +1,7 @@
 """Many -> one. Every exported name is a part that can stand in `[method.aggregator]`."""
 
 from taciturn.aggregation.mean import mean, weighted
+from taciturn.aggregation.nova import nova
 from taciturn.aggregation.running import running
 
-__all__ = ["mean", "running", "weighted"]
+__all__ = ["mean", "nova", "running", "weighted"]

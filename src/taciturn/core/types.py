@@ -98,12 +98,13 @@ class Change:
 class Observations:
     """What came back during a round: payload [M, ..] by name, which clients were heard, which are still training.
 
-    Rows of clients that were not heard mean nothing. spent: of this round so far.
+    Rows of clients that were not heard mean nothing. done: local steps of each; spent: of this round so far.
     """
 
     payload: Payload
     heard: Tensor  # [M] bool
     live: Tensor  # [M] bool
+    done: Tensor  # [M] int64
     spent: Spent
 
 

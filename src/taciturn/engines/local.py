@@ -117,15 +117,17 @@ class LocalEngine:
         first, self._stride = self._stride is None, steps
         if self.method.sync.observer != "server":
             everyone = torch.ones(len(self._plan.ids), dtype=torch.bool)
-            return Observations({}, everyone, everyone, self.spent())
+            return Observations({}, everyone, everyone, self._done, self.spent())
         self._say(self._signal if first else {}, steps)
         heard = self._live()
         calls = ((n, self._job(n), steps[group.where]) for n, group in enumerate(self._groups))
-        seen = [self._hear(group, *answer) for group, answer in zip(self._groups, self._timed("observe", calls), strict=True)]
-        self._done += torch.where(heard, torch.minimum(self._plan.limit - self._done, steps), 0)
+        seen = [
+            self._hear(group, *answer) for group, answer in zip(self._groups, self._timed("observe", calls), strict=True)
+        ]
+        self._done = self._done + torch.where(heard, torch.minimum(self._plan.limit - self._done, steps), 0)
         self.post.ledger.exchange()
         payload = {name: self._in_order([payload[name] for payload in seen]) for name in seen[0]}
-        return Observations(payload, heard, self._live(), self.spent())
+        return Observations(payload, heard, self._live(), self._done, self.spent())
 
     def _timed(self, command: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """The crew's answers; the time that they took is counted."""

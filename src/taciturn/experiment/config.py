@@ -19,15 +19,17 @@ from pydantic import TypeAdapter, ValidationError
 from taciturn import aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, TaciturnError, unknown
+from taciturn.core.price import Price
 from taciturn.core.types import Codec
 from taciturn.experiment.experiment import Experiment, StopAt
 from taciturn.method import Method
 from taciturn.solvers import schedules
+from taciturn.sync import thresholds
 from taciturn.tasks import data, models
 from taciturn.tasks.spec import TaskSpec
 
 Part = Callable[..., Any]
-RECORDS: dict[str, type] = {"method": Method, "broadcast": Broadcast, "stop_at": StopAt}
+RECORDS: dict[str, type] = {"method": Method, "broadcast": Broadcast, "price": Price, "stop_at": StopAt}
 CUSTOM = "custom"
 
 
@@ -40,6 +42,7 @@ PARTS: dict[str, dict[str, Part]] = {
     "partition": _exported(partition),
     "participation": _exported(participation),
     "sync": _exported(sync),
+    "theta": _exported(thresholds),
     "solver": _exported(solvers),
     "schedule": _exported(schedules),
     "codec": _exported(codecs),

@@ -1,0 +1,195 @@
+"""Federated dynamic averaging: synchronise when the models have drifted apart, not on a timetable.
+
+Symbols: M clients of the cohort, weights [M]; u_i [d] drift of client i; a block is `block` local epochs; n blocks done;
+H estimate of the models' variance (monitors.py); Theta the threshold (thresholds.py); rho what a round's messages cost,
+in blocks of the slowest client.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from taciturn.core.errors import MethodError, require
+from taciturn.core.price import Price
+from taciturn.core.state import State
+from taciturn.core.types import OK, Change, Observations, Payload, Plan, Record, Spent
+from taciturn.core.vector import Vector
+from taciturn.sync.monitors import MONITORS, Sizes, directions, drifts, estimate
+from taciturn.sync.thresholds import Look, Threshold, adaptive, plain
+
+CROSSING = 5.0  # local epochs that sending the model once costs, where no price is given
+
+
+@dataclass(frozen=True, slots=True)
+class fda:
+    """Blocks of local steps, a few bytes from each client after each; the round ends when H > Theta, or after max_blocks.
+
+    Works with any solver, codec, partition and server optimizer; `fda()` needs no parameter.
+    monitor: what clients tell, see monitors.py; "local": each halts by its own |u|^2 > Theta, and nothing is said before
+    the upload. theta: how the threshold moves. price: what local work and messages cost; None: sending the model once
+    costs as much as 5 local epochs. max_blocks: None: the rule's. block: local epochs.
+    pace "own": a block is passes over the client's own data; "longest": all do as many steps as the longest of the cohort.
+    rows, columns, seed: of the sketch. State, on the server: Theta and what the last round cost.
+    Errors: `MethodError` for a cohort of one, whose variance is 0, where Theta is built from it.
+    Source: FDA-Opt, arXiv 2505.04535 (`fda.published`); the adaptive threshold is ours.
+    """
+
+    monitor: Literal["naive", "linear", "sketch", "exact", "local"] = "naive"
+    theta: Threshold = field(default_factory=adaptive)
+    price: Price | None = None
+    max_blocks: int | None = None
+    block: float = 1.0
+    pace: Literal["own", "longest"] = "own"
+    rows: int = 3
+    columns: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.max_blocks is None or self.max_blocks >= 1, f"max_blocks: at least 1; got {self.max_blocks}")
+        require(self.block > 0, f"block: local epochs, above 0; got {self.block}")
+
+    @classmethod
+    def published(cls, max_blocks: int = 10) -> fda:
+        """FDA-Opt as published: sketch of 3 x 500, Theta <- V (M/2) / n, blocks of an epoch of the longest client."""
+        return cls(monitor="sketch", theta=plain(), max_blocks=max_blocks, pace="longest")
+
+    @property
+    def observer(self) -> Literal["client", "server"]:
+        """The server, but for the local monitor."""
+        return "client" if self.monitor == "local" else "server"
+
+    @property
+    def most(self) -> int:
+        """M, most blocks of a round."""
+        return self.theta.most if self.max_blocks is None else self.max_blocks
+
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(self.rows, self.columns, self.seed)
+
+    def init(self, x: Vector) -> State:
+        """Theta, and the cost of a round as long as none is known: the model up and down in float32, two round trips."""
+        d = x.shape[-1]
+        once = 4.0 * d
+        state: State = {"rule": self.theta.init(), "d": torch.tensor(d), "round": torch.tensor(-1)}
+        state["rho"] = torch.tensor(math.nan, dtype=torch.float64)
+        state["cost"] = torch.tensor([once, once, 2.0, 0.0], dtype=torch.float64)
+        state |= {"looks": torch.zeros(0, 3, dtype=torch.float64), "drift": torch.zeros(0, dtype=torch.float64)}
+        return state | ({"xi": directions(self.seed, d)} if self.monitor == "linear" else {})
+
+    # --------------------------------------------------------------------------------------------------- work and price
+
+    def _steps(self, epoch_steps: Tensor, n: float) -> Tensor:
+        """Local steps of each client after n blocks [M]."""
+        base = epoch_steps.max().expand_as(epoch_steps) if self.pace == "longest" else epoch_steps
+        return torch.ceil(base * (n * self.block) - 1e-9).to(torch.int64)
+
+    def _rho(self, epoch_steps: Tensor, state: State) -> tuple[float, Price]:
+        """What a round's messages cost, in blocks of the slowest client; and the price in use."""
+        up, down, exchanges, measured = state["cost"].tolist()
+        longest = float(epoch_steps.max())
+        model_bytes = int(state["d"]) * 4
+        price = self.price or Price.crossing(CROSSING, model_bytes=model_bytes, epoch_steps=longest)
+        if price.step_seconds is None and measured > 0:
+            price = replace(price, step_seconds=measured)
+        block = (price.step_seconds or 0.0) * longest * self.block
+        messages = price.seconds(steps=0, up=up, down=down, exchanges=exchanges)
+        return (messages / block if block > 0 else math.nan), price
+
+    def schedule(self, epoch_steps: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """[M] steps per epoch -> ([M] limit after max_blocks, [M] steps before the first look)."""
+        if len(epoch_steps) == 1 and not MONITORS[self.monitor].bound:
+            raise MethodError(
+                f'method.sync: a cohort of one client has no variance to watch with monitor = "{self.monitor}"; use '
+                'monitor = "naive", or draw at least 2 clients'
+            )
+        rho, _ = self._rho(epoch_steps, state)
+        known = not math.isnan(rho)
+        if self.observer == "client":
+            most = self.theta.alone(self.most, rho, state["rule"]) if known else 1.0
+            return self._steps(epoch_steps, most), self._steps(epoch_steps, 1.0)
+        first = self.theta.first(rho, state["rule"]) if known else 1.0
+        return self._steps(epoch_steps, self.most), self._steps(epoch_steps, first)
+
+    # -------------------------------------------------------------------------------------------------------- the round
+
+    def signal(self, state: State) -> Payload:
+        """For clients that stop themselves, Theta and rho, from which their limit follows; the linear monitor's xi."""
+        if self.observer == "client":
+            return {"theta": state["rule"]["theta"].float(), "rho": state["rho"].float()}
+        return {"xi": state["xi"]} if self.monitor == "linear" else {}
+
+    def observe(self, u: Vector, told: Record, signal: Payload) -> tuple[Payload, Tensor]:
+        """The monitor's bytes; go on, but for the local monitor only while |u|^2 <= Theta."""
+        payload = MONITORS[self.monitor].say(u, signal, self._sizes)
+        go = payload["norm"] <= signal["theta"] if self.monitor == "local" else torch.ones((), dtype=torch.bool)
+        return payload, go
+
+    def watch(self, seen: Observations, plan: Plan, state: State) -> tuple[Tensor | None, State]:
+        """H against Theta: the steps to the next look, or None."""
+        if self.observer == "client":
+            return None, state
+        if plan.round == 0:
+            state = state | {"cost": _with(state["cost"], seen.spent.step_seconds)}
+        found = estimate(MONITORS[self.monitor], seen.payload, torch.where(seen.heard, plan.weights, 0.0), self._sizes)
+        longest = plan.epoch_steps.max()
+        n, h = float(seen.done.max() / (longest * self.block)), float(found)
+        rho, _ = self._rho(plan.epoch_steps, state)
+        looks = state["looks"] if int(state["round"]) == plan.round else state["looks"][:0]
+        known = [*_looks(looks), (n, h)]
+        theta = self.theta.at(known, rho, state["rule"])
+        looks = torch.cat([looks, looks.new_tensor([[n, h, theta]])])
+        state = state | {"round": torch.tensor(plan.round), "looks": looks, "drift": drifts(seen.payload)}
+        if not h <= theta or n >= self.most:  # not finite: over, too
+            return None, state
+        reach = max(self.theta.after(known, rho, state["rule"]), n + 1 / (float(longest) * self.block))
+        return (self._steps(plan.epoch_steps, reach) - seen.done).clamp(min=0), state
+
+    def update(self, state: State, plan: Plan, stats: Record, spent: Spent, change: Change) -> State:
+        """Theta, from how the round ended, and what the round cost.
+
+        V = S - |update|^2, S = mean |u|^2 as it was before encoding; where thresholds are built from S, V = S.
+        """
+        longest, monitor = float(plan.epoch_steps.max()), MONITORS[self.monitor]
+        if self.observer == "client":
+            base = plan.epoch_steps.double() if self.pace == "own" else torch.tensor(longest, dtype=torch.float64)
+            blocks = stats["steps"].double() / (base * self.block)
+            state = state | {"drift": stats["norm"].double(), "looks": state["looks"][:0]}
+        else:
+            blocks = state["looks"][-1, :1].expand(len(plan.ids))
+        share = torch.where((stats["status"] == OK) & torch.isfinite(state["drift"]), plan.weights.double(), 0.0)
+        share = share / share.sum()
+        s, n = (float(share @ torch.where(share > 0, values, 0.0)) for values in (state["drift"], blocks))
+        v = s if monitor.bound else max(0.0, s - float(change.update.double().square().sum()))
+        measured = float(state["cost"][3]) if plan.round else spent.step_seconds  # in the first round, and never again
+        cost = torch.tensor([spent.up, spent.down, float(spent.exchanges), measured], dtype=torch.float64)
+        state = state | {"cost": cost, "variance": torch.tensor(v, dtype=torch.float64)}
+        rho, _ = self._rho(plan.epoch_steps, state)
+        known = _looks(state["looks"])
+        state |= {"rule": self.theta.update(state["rule"], known, n, v, self.most, rho), "rho": cost.new_tensor(rho)}
+        state |= {"blocks": cost.new_tensor(n), "longest": torch.tensor(longest, dtype=torch.float64)}
+        return state | ({"xi": (change.update > 0).cpu()} if self.monitor == "linear" else {})
+
+    def tell(self, state: State) -> dict[str, Any]:
+        """Blocks of the round; blocks, H and Theta at each look; variance at the end; |u|^2 of each client; rho and price;
+        what the rule carries over.
+        """
+        _, price = self._rho(state["longest"], state)
+        told: dict[str, Any] = {"blocks": float(state["blocks"]), "variance": float(state["variance"])}
+        told |= {"rho": float(state["rho"]), "price": asdict(price), "drift": state["drift"].tolist()}
+        told["looks"] = [{"blocks": n, "estimate": h, "threshold": theta} for n, h, theta in state["looks"].tolist()]
+        return told | {"next": {name: float(value) for name, value in state["rule"].items()}}
+
+
+def _with(cost: Tensor, step_seconds: float) -> Tensor:
+    return torch.cat([cost[:3], cost.new_tensor([step_seconds])])
+
+
+def _looks(table: Tensor) -> list[Look]:
+    """[k, 3] -> (n, H) of each."""
+    return [(n, h) for n, h, _ in table.tolist()]
