@@ -177,13 +177,20 @@ class fda:
 
     def tell(self, state: State) -> dict[str, Any]:
         """Blocks of the round; blocks, H and Theta at each look; variance at the end; |u|^2 of each client; rho and price;
-        what the rule carries over.
+        what the rule carries over. None for what is not finite.
         """
         _, price = self._rho(state["longest"], state)
-        told: dict[str, Any] = {"blocks": float(state["blocks"]), "variance": float(state["variance"])}
-        told |= {"rho": float(state["rho"]), "price": asdict(price), "drift": state["drift"].tolist()}
-        told["looks"] = [{"blocks": n, "estimate": h, "threshold": theta} for n, h, theta in state["looks"].tolist()]
-        return told | {"next": {name: float(value) for name, value in state["rule"].items()}}
+        told: dict[str, Any] = {name: _plain(state[name]) for name in ("blocks", "variance", "rho", "drift")}
+        looks = [dict(zip(("blocks", "estimate", "threshold"), look, strict=True)) for look in _plain(state["looks"])]
+        carried = {name: _plain(value) for name, value in state["rule"].items()}
+        return told | {"price": asdict(price), "looks": looks, "next": carried}
+
+
+def _plain(tensor: Tensor) -> Any:
+    """Numbers and lists of them; None for what is not finite."""
+    if tensor.dim():
+        return [_plain(one) for one in tensor]
+    return float(tensor) if math.isfinite(float(tensor)) else None
 
 
 def _with(cost: Tensor, step_seconds: float) -> Tensor:
