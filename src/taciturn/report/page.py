@@ -20,7 +20,8 @@ from jinja2 import Environment, StrictUndefined
 
 from taciturn.core.errors import RunError
 from taciturn.core.state import write_atomic
-from taciturn.report.figures import Figure, figures
+from taciturn.report.figures import figures
+from taciturn.report.plot import Figure
 from taciturn.report.read import Run, read_run
 from taciturn.report.tables import Method, by_kind, common_target, human_bytes, is_fraction, methods, settings, summary
 
