@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from report.folders import CONFIG, EVIL, make
 from taciturn.core.errors import RunError
 from taciturn.report import read_run, summary, write_report
 from taciturn.report.figures import figures
@@ -30,72 +28,6 @@ from taciturn.report.tables import (
     traffic_saved,
     worst_decile,
 )
-
-EVIL = "<script>window.stolen=1</script><img src=x onerror='window.stolen=1'>"
-CONFIG = {
-    "rounds": 4,
-    "method": {"codec": {"name": "cast", "to": "float16"}, "sync": None},
-    "tags": ["a", 'b"'],
-    "lr": 0.1,
-}
-
-
-def make(
-    folder: Path,
-    values: Sequence[float | None],
-    *,
-    name: str = "fedavg",
-    seed: int = 0,
-    up: int = 100,
-    down: int = 200,
-    per_client: Sequence[float | None] = (),
-    dropped: Mapping[int, str] | None = None,
-    **header: Any,
-) -> Path:
-    """A run folder: `values` is the metric round by round (None: not evaluated), `up` and `down` bytes a round."""
-    metric = header.pop("metric", {"name": "accuracy", "goal": "max"})
-    folder.mkdir(parents=True)
-    run = {
-        "format": 1,
-        "name": name,
-        "created": "2026-01-01T00:00:00+00:00",
-        "versions": {"taciturn": "0.1.0", "torch": "2.9.0", "python": "3.11.2"},
-        "experiment": CONFIG,
-        "seed": seed,
-        "engine": {"name": "stacked", "path": "vmap", "block": 16, "why": "faster when measured"},
-        "d": 12345,
-        "p": 0,
-        "clients": [f"client-{i:03d}" for i in range(max(3, len(per_client)))],
-        "metric": metric,
-        "target": None,
-        "note": "",
-    }
-    (folder / "run.json").write_text(json.dumps(run | header))
-    lines = []
-    for at, value in enumerate(values, 1):
-        last = at == len(values)
-        spread = {"ids": list(range(len(per_client))), "count": [1] * len(per_client), metric["name"]: list(per_client)}
-        kinds = {
-            "up/update": {"payload": up - 10, "frame": 10, "messages": 2},
-            "down/model": {"payload": down - 20, "frame": 20, "messages": 2},
-        }
-        line = {
-            "round": at,
-            "loss": 2 / at,
-            "seconds": 0.5 * at,
-            "bytes_up": up * at,
-            "bytes_down": down * at,
-            "bytes_evaluate": 50 * at,
-            "metrics": None if value is None else {metric["name"]: value, "other": 0.0},
-            "spread": spread if per_client and last else None,
-            "steps": 6,
-            "cohort": [0, 1],
-            "left_out": [{"client": "client-001", "why": dropped[at]}] if dropped and at in dropped else [],
-            "traffic": {"up": up, "down": down, "monitor": 0, "exchanges": 1, "by_kind": kinds},
-        }
-        lines.append(json.dumps(line))
-    (folder / "record.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def test_rounds_and_bytes_to_target_use_the_first_evaluated_round(tmp_path: Path) -> None:
@@ -345,6 +277,9 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
     folders = [hostile(tmp_path / "evil")]
     metric = {"name": EVIL, "goal": "max"}
     folders += [make(tmp_path / f"s{s}", [0.4, 0.8], seed=s, name="2024", metric=metric, per_client=[0.5]) for s in (0, 1)]
+    look = {"blocks": 1.0, "estimate": 0.1, "threshold": float("inf")}
+    told = {"blocks": 2.0, "drift": [1.0, float("nan")], "looks": [look, look | {"blocks": 2.0, "threshold": 0.05}]}
+    folders.append(make(tmp_path / "fda", [0.4, 0.8], name="fda", metric=metric, sync=[told, told]))
     out = write_report(folders, tmp_path / "report.html")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     flags += "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000 --dump-dom"
@@ -353,7 +288,7 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Uncaught" in line]
     plots = re.findall(r'<div class="plot js-plotly-plot" id="plot-(\w+)"', done.stdout)
-    assert plots == ["rounds", "bytes", "traffic", "clients", "loss"]
+    assert plots == ["rounds", "bytes", "traffic", "clients", "loss", "work", "looks", "drift"]
     parts = re.split(r'<div class="plot js-plotly-plot"', done.stdout)[1:]
     assert all('<svg class="main-svg"' in part for part in parts)
     assert "<img" not in done.stdout and "&lt;script&gt;window" in parts[0]

@@ -1,88 +1,25 @@
-"""The figures of a report, as plotly figures without fixed colors for text and background: the page's CSS sets those.
+"""The figures of every report, as plotly figures: the metric, the traffic, the clients, the loss.
 
-Colors are those of Okabe and Ito (distinct for color-blind readers; black and yellow vanish on a dark or a light page
-and are left out); lines also differ in dash. Names are escaped, because plotly reads markup in text.
 Bytes have SI units: 1 kB = 1000 B.
 """
 
 from __future__ import annotations
 
-import html
 import math
-import statistics
-import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
+from taciturn.report.plot import COLORS, NAME, Curve, Figure, layout, line_figure, lines, rows_axis, text
 from taciturn.report.read import Run, number
 from taciturn.report.tables import Method, by_kind, clients_of, curve, human_bytes, is_fraction
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 KINDS = ("model", "update", "stats", "monitor", "setup", "evaluate")
-MARKED = 40  # lines with more points are drawn without markers
-NAME = "<b>%{fullData.name}</b><br>"
-
-Curve = list[tuple[int, float, float]]  # (round, value, bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A figure with its heading and caption; `plot` is None where no run has the data, and the caption says so."""
-
-    key: str
-    title: str
-    caption: str
-    plot: Any | None
-
-
-def text(label: str, width: int = 36) -> str:
-    """A name as plotly text of up to three lines of `width` letters, shown as it is: markup in it stays letters."""
-    return "<br>".join(html.escape(line, quote=False) for line in _wrap(label, width))
-
-
-def _wrap(label: str, width: int) -> list[str]:
-    return textwrap.wrap(label, width, max_lines=3, placeholder=" \u2026") or [label]
 
 
 def _title(metric: str, rest: str) -> str:
     return f"{metric[:1].upper()}{metric[1:]} {rest}"
-
-
-def _layout(x: dict[str, Any], y: dict[str, Any], names: Sequence[str], height: int = 380) -> dict[str, Any]:
-    """Axes, and a legend of `names` below the plot; `meta` tells the page how much room the legend needs."""
-    lines = [name.split("<br>") for name in names]
-    room = {"longest": max((len(line) for each in lines for line in each), default=0), "items": len(names)}
-    room |= {"height": height, "lines": max(map(len, lines), default=0)}
-    axis = {
-        "automargin": True,
-        "gridcolor": "rgba(128,128,128,0.25)",
-        "zeroline": False,
-        "showline": True,
-        "linecolor": "#888",
-    }
-    return {
-        "template": "none",
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 13},
-        "margin": {"l": 20, "r": 16, "t": 32, "b": 20},
-        "xaxis": axis | x,
-        "yaxis": axis | y,
-        "legend": {
-            "orientation": "h",
-            "yref": "container",
-            "y": 0,
-            "yanchor": "bottom",
-            "x": 0,
-            "traceorder": "normal",
-        },
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#888888"},
-        "meta": room,
-    }
 
 
 def _log_bytes_axis(title: str, traces: Sequence[Any]) -> dict[str, Any]:
@@ -102,78 +39,12 @@ def _log_bytes_axis(title: str, traces: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _rows_axis(labels: Sequence[str]) -> dict[str, Any]:
-    """Rows from the top, at 0, 1, ...: names that look like numbers or dates stay names."""
-    ticks = [text(label, 20) for label in labels]
-    return {
-        "tickvals": list(range(len(ticks))),
-        "ticktext": ticks,
-        "range": [len(ticks) - 0.5, -0.5],
-        "showgrid": False,
-    }
-
-
 def _metric_axis(runs: Sequence[Run]) -> dict[str, Any]:
     name = text(runs[0].metric)
     if is_fraction(runs):
         return {"title": {"text": f"{name} (%)"}, "tickformat": "~%"}
     better = "higher" if runs[0].goal == "max" else "lower"
     return {"title": {"text": f"{name} ({better} is better)"}}
-
-
-def _faded(color: str) -> str:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.2)"
-
-
-def _mean(curves: Sequence[Curve]) -> tuple[Curve, list[float]]:
-    """The mean over seeds and its sample standard deviation, in the rounds that every seed has."""
-    tables = [{at: (value, count) for at, value, count in points} for points in curves]
-    shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
-    mean, spread = [], []
-    for at in shared:
-        values = [table[at][0] for table in tables]
-        mean.append((at, statistics.fmean(values), statistics.fmean(table[at][1] for table in tables)))
-        spread.append(statistics.stdev(values) if len(values) > 1 else 0.0)
-    return mean, spread
-
-
-def _lines(groups: Sequence[Method], points_of: Callable[[Run], Curve], over_bytes: bool, value: str) -> list[Any]:
-    """One line a method over rounds or bytes, with a band of one standard deviation where there are several seeds."""
-    traces = []
-    for index, group in enumerate(groups):
-        mean, spread = _mean([points_of(run) for run in group.runs])
-        if not mean:
-            continue
-        color, several = COLORS[index % len(COLORS)], len(group.runs) > 1
-        x = [count if over_bytes else at for at, _, count in mean]
-        y = [middle for _, middle, _ in mean]
-        if several:
-            upper = [middle + half for middle, half in zip(y, spread, strict=True)]
-            lower = [middle - half for middle, half in zip(y, spread, strict=True)]
-            band = {"x": x + x[::-1], "y": upper + lower[::-1], "fill": "toself", "fillcolor": _faded(color)}
-            quiet = {"hoverinfo": "skip", "showlegend": False, "legendgroup": str(index), "mode": "lines"}
-            traces.append(go.Scatter(**band, **quiet, line={"width": 0}))
-        seeds = f" ({len(group.runs)} seeds)" if several else ""
-        traces.append(
-            go.Scatter(
-                x=x,
-                y=y,
-                name=text(group.label + seeds),
-                legendgroup=str(index),
-                showlegend=True,
-                mode="lines+markers" if len(mean) <= MARKED else "lines",
-                line={"color": color, "dash": DASHES[index % len(DASHES)], "width": 2.2},
-                marker={"size": 5},
-                customdata=[[at, human_bytes(count)] for at, _, count in mean],
-                hovertemplate=f"{NAME}%{{y:{value}}}<br>round %{{customdata[0]}}, %{{customdata[1]}}<extra></extra>",
-            )
-        )
-    return traces
-
-
-def _line_figure(traces: list[Any], x: dict[str, Any], y: dict[str, Any]) -> Any:
-    return go.Figure(traces, _layout(x, y, [str(trace.name) for trace in traces if trace.showlegend]))
 
 
 def _add_target(figure: Any, target: float, runs: Sequence[Run]) -> None:
@@ -189,11 +60,11 @@ def metric_figures(groups: Sequence[Method], target: float | None) -> list[Figur
     value = ".2%" if is_fraction(runs) else ".4g"
     several = any(len(group.runs) > 1 for group in groups)
     band = " Bands: one standard deviation over seeds." if several else ""
-    rounds = _lines(groups, lambda run: list(curve(run)), over_bytes=False, value=value)
-    wire = _lines(groups, lambda run: [point for point in curve(run) if point[2] > 0], over_bytes=True, value=value)
+    rounds = lines(groups, lambda run: list(curve(run)), over_bytes=False, value=value)
+    wire = lines(groups, lambda run: [point for point in curve(run) if point[2] > 0], over_bytes=True, value=value)
     plots = [
-        _line_figure(rounds, {"title": {"text": "communication round"}}, _metric_axis(runs)) if rounds else None,
-        _line_figure(wire, _log_bytes_axis("bytes", wire), _metric_axis(runs)) if wire else None,
+        line_figure(rounds, {"title": {"text": "communication round"}}, _metric_axis(runs)) if rounds else None,
+        line_figure(wire, _log_bytes_axis("bytes", wire), _metric_axis(runs)) if wire else None,
     ]
     notes = [
         f"Each point is an evaluated round.{band}",
@@ -217,11 +88,11 @@ def loss_figure(groups: Sequence[Method]) -> Figure:
         values = [(line["round"], number(line.get("loss")), line["bytes_up"] + line["bytes_down"]) for line in run.rounds]
         return [(at, value, count) for at, value, count in values if value is not None]
 
-    traces = _lines(groups, points, over_bytes=False, value=".4g")
+    traces = lines(groups, points, over_bytes=False, value=".4g")
     if not traces:
         return Figure("loss", "Training loss over rounds", "No run recorded a training loss.", None)
     y = {"title": {"text": "mean training loss (unit of the loss)"}}
-    plot = _line_figure(traces, {"title": {"text": "communication round"}}, y)
+    plot = line_figure(traces, {"title": {"text": "communication round"}}, y)
     return Figure("loss", "Training loss over rounds", "Mean over the clients of each round's cohort.", plot)
 
 
@@ -260,8 +131,8 @@ def traffic_figure(groups: Sequence[Method]) -> Figure:
         )
     x_axis = {"tickformat": "~s", "ticksuffix": "B", "rangemode": "tozero", "nticks": 5, "tickangle": 0}
     x_axis |= {"title": {"text": "bytes (1 kB = 1000 B)"}}
-    layout = _layout(x_axis, _rows_axis(labels), names, height=130 + 52 * len(bars))
-    plot = go.Figure(traces, layout | {"barmode": "stack", "bargap": 0.3})
+    look = layout(x_axis, rows_axis(labels), names, height=130 + 52 * len(bars))
+    plot = go.Figure(traces, look | {"barmode": "stack", "bargap": 0.3})
     many = " Mean over seeds." if any(len(group.runs) > 1 for group in groups) else ""
     many += " Evaluation is shown here, but no total and no target counts it." if "evaluate" in seen else ""
     caption = f"Whole run; payload by kind, then the frames (headers, checksums) of all kinds. Exact counts below.{many}"
@@ -295,13 +166,13 @@ def spread_figure(groups: Sequence[Method]) -> Figure:
         )
     if not traces:
         return Figure("clients", title, "No run was evaluated client by client.", None)
-    axes = _metric_axis(runs), _rows_axis([label for _, label in shown])
-    plot = go.Figure(traces, _layout(*axes, [], height=130 + 70 * len(shown)) | {"showlegend": False})
+    axes = _metric_axis(runs), rows_axis([label for _, label in shown])
+    plot = go.Figure(traces, layout(*axes, [], height=130 + 70 * len(shown)) | {"showlegend": False})
     caption = "Last per-client evaluation of each run: box from the first to the third quartile, line at the median."
     pooled = " Clients of all seeds together." if any(len(group.runs) > 1 for group in groups) else ""
     return Figure("clients", title, caption + pooled, plot)
 
 
 def figures(groups: Sequence[Method], target: float | None) -> list[Figure]:
-    """All figures of a report, in the order of the page."""
+    """The figures that every report has, in the order of the page."""
     return [*metric_figures(groups, target), traffic_figure(groups), spread_figure(groups), loss_figure(groups)]

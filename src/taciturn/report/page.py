@@ -2,7 +2,7 @@
 
     read      run folders -> Run                    words     one sentence a method
     tables    Run -> rows of numbers                cells     rows -> text of table cells
-    figures   Run -> plotly figures                 page.html.jinja + plotly.js, inlined once -> the file
+    figures, drift   Run -> plotly figures          page.html.jinja + plotly.js, inlined once -> the file
 
 Every text that comes from a run is escaped by the template; data of figures are embedded as JSON without `<`.
 """
@@ -20,7 +20,9 @@ from jinja2 import Environment, StrictUndefined
 
 from taciturn.core.errors import RunError
 from taciturn.core.state import write_atomic
-from taciturn.report.figures import Figure, figures
+from taciturn.report.drift import drift_figures, sync_facts
+from taciturn.report.figures import figures
+from taciturn.report.plot import Figure
 from taciturn.report.read import Run, read_run
 from taciturn.report.tables import Method, by_kind, common_target, human_bytes, is_fraction, methods, settings, summary
 
@@ -50,7 +52,7 @@ def render(runs: Sequence[Run], target: float | None = None) -> str:
     """The page as text. Raises `RunError` as `tables.methods` does."""
     groups, rows, goal = methods(runs), summary(runs, target), common_target(runs, target)
     fraction = is_fraction(runs)
-    plots = figures(groups, goal)
+    plots = figures(groups, goal) + drift_figures(groups)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -257,6 +259,7 @@ def details(group: Method, baseline: Method) -> dict[str, Any]:
         "shared parameters": head.get("d"),
         "personal parameters": head.get("p"),
         "clients": head.get("clients_total") or len(head.get("clients") or []) or None,
+        **sync_facts(group),
         "folders": ", ".join(str(each.path) for each in group.runs),
     }
     unfinished = [str(each.seed) for each in group.runs if each.result is None]

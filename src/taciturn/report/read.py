@@ -1,7 +1,8 @@
 """A run folder, read from its files only; nothing is trained, imported or guessed.
 
     run.json       what was run: name, seed, configuration, engine, versions, metric and its goal (format 1)
-    record.jsonl   one line a round: loss, metrics, cumulative bytes and seconds, traffic by kind, clients left out
+    record.jsonl   one line a round: loss, metrics, cumulative bytes and seconds, traffic by kind, clients left out,
+                   and what a dynamic synchronisation rule told ("sync": missing in old records, {} for a fixed rule)
     config.toml    the configuration as text, to run again; shown as it is where it is there
     result.json    the final summary; absent while a run is going on and after it was interrupted
 
