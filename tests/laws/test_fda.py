@@ -25,13 +25,14 @@ from taciturn.sync.thresholds import adaptive, fixed, plain, power
 
 METHOD = Method(participation=participation.uniform(count=5), solver=solvers.sgd(lr=0.1), batch_size=8)
 SMALL = {"rows": 3, "columns": 40}
+CHEAP = fleet.Price.crossing(1.0, model_bytes=4 * 99, epoch_steps=4)
 RULES = {
-    "adaptive": fda(),
+    "adaptive": fda(price=CHEAP),
     "published": replace(fda.published(max_blocks=4), **SMALL),
     "linear": fda(monitor="linear", theta=power(0.5), max_blocks=4),
-    "exact": fda(monitor="exact"),
+    "exact": fda(monitor="exact", price=CHEAP),
     "half-blocks": fda(theta=plain(), max_blocks=6, block=0.5),
-    "local": fda(monitor="local"),
+    "local": fda(monitor="local", price=CHEAP),
     "local-plain": fda(monitor="local", theta=plain(), max_blocks=4, pace="longest"),
 }
 
@@ -43,9 +44,9 @@ def blocks(stats) -> list[float]:
 @pytest.mark.parametrize("name", RULES)
 def test_engines_agree(name):
     task, method = make_task(lambda: Net(dropout=0.2)), METHOD.replace(sync=RULES[name])
-    state, engine, stats, traffic = drive(task, method, rounds=6)
-    wired, wire, wired_stats, wire_traffic = drive(task, method, "loopback", rounds=6)
-    stacked, _, stacked_stats, stacked_traffic = drive(task, method, "stacked", rounds=6, block=2)
+    state, engine, stats, traffic = drive(task, method, rounds=5)
+    wired, wire, wired_stats, wire_traffic = drive(task, method, "loopback", rounds=5)
+    stacked, _, stacked_stats, stacked_traffic = drive(task, method, "stacked", rounds=5, block=2)
     assert torch.equal(state.x, wired.x) and equal(engine.store.export(), wire.store.export())
     assert equal(state.sync, wired.sync) and [s.sync for s in stats] == [s.sync for s in wired_stats]
     assert float((state.x - stacked.x).norm() / state.x.norm()) <= 1e-5
@@ -91,13 +92,13 @@ def test_works_with_every_other_part(rule, part):
 @pytest.mark.parametrize("pace", ["own", "longest"])
 def test_between_the_fixed_intervals_that_bound_it(pace, engine):
     """Theta = 0: one block a round, as every(1). Theta without end: M blocks, as every(M). Bit for bit."""
-    task, server_ = make_task(), server.adam(lr=0.1)
-    for theta, most, epochs in ((0.0, 4, 1), (1e30, 3, 3), (math.inf, 1, 1)):
+    task = make_task()
+    for theta, most, epochs in ((0.0, 4, 1), (math.inf, 3, 3)):
         rule = fda(theta=fixed(theta), max_blocks=most, pace=pace)
-        state, _, stats, _ = drive(task, METHOD.replace(sync=rule, server=server_), engine)
-        other, _, fixed_stats, _ = drive(
-            task, METHOD.replace(sync=sync.every(epochs=epochs, pace=pace), server=server_), engine
-        )
+        method = METHOD.replace(sync=rule, server=server.adam(lr=0.1))
+        state, _, stats, _ = drive(task, method, engine, rounds=3)
+        timetable = method.replace(sync=sync.every(epochs=epochs, pace=pace))
+        other, _, fixed_stats, _ = drive(task, timetable, engine, rounds=3)
         if engine == "stacked":  # another way through a round: weights are formed to look at them
             assert float((state.x - other.x).norm() / other.x.norm()) <= 1e-6
         else:
@@ -278,8 +279,9 @@ def test_resumed_is_bit_identical(tmp_path, name):
     whole = taciturn.run(experiment(6), out=tmp_path / "whole")
     taciturn.run(experiment(3), out=tmp_path / "cut")
     cut = taciturn.run(experiment(6), out=tmp_path / "cut", resume=True)
-    same = [{k: v for k, v in line.items() if k != "seconds"} for line in whole.history]
-    assert same == [{k: v for k, v in line.items() if k != "seconds"} for line in cut.history]
+    names = ("loss", "steps", "sync", "bytes_up", "bytes_down", "metrics")
+    for one, other in zip(whole.history, cut.history, strict=True):
+        assert all(one[name] == other[name] for name in names)
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
 
 
@@ -288,11 +290,11 @@ def test_resumed_is_bit_identical(tmp_path, name):
 
 def test_dear_messages_mean_longer_rounds():
     task, found = make_task(), {}
-    for crossing in (0.5, 5.0, 50.0):
+    for crossing in (0.2, 1.0, 5.0):
         price = fleet.Price.crossing(crossing, model_bytes=4 * 83, epoch_steps=5)
-        _, _, stats, _ = drive(task, METHOD.replace(sync=fda(price=price)), rounds=4)
+        _, _, stats, _ = drive(task, METHOD.replace(sync=fda(price=price)), rounds=3)
         found[crossing] = sum(blocks(stats))
-    assert 3 * found[0.5] < found[5.0] < found[50.0] / 2
+    assert 3 * found[0.2] < 2 * found[1.0] < found[5.0]
 
 
 def test_a_codec_that_saves_bytes_shortens_rounds():
@@ -313,10 +315,10 @@ def test_without_a_price_sending_the_model_costs_five_epochs():
 @pytest.mark.parametrize("monitor", ["naive", "local"])
 def test_the_step_is_measured_in_the_first_round_and_kept(monitor):
     rule = fda(monitor=monitor, price=fleet.Price(up=1e5, down=1e5, latency=0.001), max_blocks=6)
-    state, _, stats, _ = drive(make_task(), METHOD.replace(sync=rule), rounds=3)
+    _, _, stats, _ = drive(make_task(), METHOD.replace(sync=rule), rounds=3)
     seconds = [stat.sync["price"]["step_seconds"] for stat in stats]
     assert 0 < seconds[0] < 1 and seconds[0] == seconds[1] == seconds[2]
-    assert all(math.isfinite(stat.sync["rho"]) and 1 <= stat.sync["blocks"] <= 6 for stat in stats)
+    assert all(math.isfinite(stat.sync["rho"]) and 0 < stat.sync["blocks"] <= 6 for stat in stats)
 
 
 def test_adaptive_is_the_default_and_published_is_published():

@@ -42,10 +42,8 @@ MAY_DIFFER = (
     "workers",
     "stop_at",
     "checkpoint_every",
-    "evaluate_every",
-    "evaluate_clients_every",
-    "target",
-    "name",
+    *("evaluate_every", "evaluate_clients_every"),
+    *("target", "name"),
 )
 
 

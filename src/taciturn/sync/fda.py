@@ -101,6 +101,10 @@ class fda:
         messages = price.seconds(steps=0, up=up, down=down, exchanges=exchanges)
         return (messages / block if block > 0 else math.nan), price
 
+    def _measured(self, spent: Spent) -> float:
+        """Seconds of a step by the clock, where the price asks for them; else 0, so that runs are alike."""
+        return spent.step_seconds if self.price is not None and self.price.step_seconds is None else 0.0
+
     def schedule(self, epoch_steps: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """[M] steps per epoch -> ([M] limit after max_blocks, [M] steps before the first look)."""
         if len(epoch_steps) == 1 and not MONITORS[self.monitor].bound:
@@ -135,16 +139,19 @@ class fda:
         if self.observer == "client":
             return None, state
         if plan.round == 0:
-            state = state | {"cost": _with(state["cost"], seen.spent.step_seconds)}
+            state = state | {"cost": _with(state["cost"], self._measured(seen.spent))}
         found = estimate(MONITORS[self.monitor], seen.payload, torch.where(seen.heard, plan.weights, 0.0), self._sizes)
         longest = plan.epoch_steps.max()
         n, h = float(seen.done.max() / (longest * self.block)), float(found)
         rho, _ = self._rho(plan.epoch_steps, state)
-        looks = state["looks"] if int(state["round"]) == plan.round else state["looks"][:0]
+        begun, drift = int(state["round"]) == plan.round, drifts(seen.payload)
+        if begun:  # who has halted stands still
+            drift = torch.where(seen.heard, drift, state["drift"])
+        looks = state["looks"] if begun else state["looks"][:0]
         known = [*_looks(looks), (n, h)]
         theta = self.theta.at(known, rho, state["rule"])
         looks = torch.cat([looks, looks.new_tensor([[n, h, theta]])])
-        state = state | {"round": torch.tensor(plan.round), "looks": looks, "drift": drifts(seen.payload)}
+        state = state | {"round": torch.tensor(plan.round), "looks": looks, "drift": drift}
         if not h <= theta or n >= self.most:  # not finite: over, too
             return None, state
         reach = max(self.theta.after(known, rho, state["rule"]), n + 1 / (float(longest) * self.block))
@@ -157,16 +164,17 @@ class fda:
         """
         longest, monitor = float(plan.epoch_steps.max()), MONITORS[self.monitor]
         if self.observer == "client":
-            base = plan.epoch_steps.double() if self.pace == "own" else torch.tensor(longest, dtype=torch.float64)
-            blocks = stats["steps"].double() / (base * self.block)
             state = state | {"drift": stats["norm"].double(), "looks": state["looks"][:0]}
-        else:
-            blocks = state["looks"][-1, :1].expand(len(plan.ids))
         share = torch.where((stats["status"] == OK) & torch.isfinite(state["drift"]), plan.weights.double(), 0.0)
         share = share / share.sum()
-        s, n = (float(share @ torch.where(share > 0, values, 0.0)) for values in (state["drift"], blocks))
+        s = float(share @ torch.where(share > 0, state["drift"], 0.0))
+        if self.observer == "client":
+            base = plan.epoch_steps.double() if self.pace == "own" else longest
+            n = float(share @ (stats["steps"].double() / base)) / self.block
+        else:
+            n = float(state["looks"][-1, 0])
         v = s if monitor.bound else max(0.0, s - float(change.update.double().square().sum()))
-        measured = float(state["cost"][3]) if plan.round else spent.step_seconds  # in the first round, and never again
+        measured = float(state["cost"][3]) if plan.round else self._measured(spent)  # in the first round, and never again
         cost = torch.tensor([spent.up, spent.down, float(spent.exchanges), measured], dtype=torch.float64)
         state = state | {"cost": cost, "variance": torch.tensor(v, dtype=torch.float64)}
         rho, _ = self._rho(plan.epoch_steps, state)
