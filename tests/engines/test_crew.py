@@ -15,7 +15,7 @@ from torch import nn
 
 from conftest import Net, make_task
 from drive import drive
-from taciturn import participation, partition, solvers, sync
+from taciturn import fleet, participation, partition, solvers, sync
 from taciturn.core.errors import ConfigError, DataError, RunError
 from taciturn.core.state import equal
 from taciturn.engines.crew import Workers
@@ -29,6 +29,8 @@ METHODS = {
     "plain": BASE,
     "adamw": BASE.replace(solver=solvers.adamw(lr=0.01)),
     "personal": BASE.replace(partition=partition.layers(personal="head")),
+    "dynamic": BASE.replace(sync=sync.fda(price=fleet.Price.crossing(1.0, model_bytes=400, epoch_steps=4))),
+    "dynamic-local": BASE.replace(sync=sync.fda(monitor="local", max_blocks=4)),
     "watching": BASE.replace(sync=Watch(theta=0.02, local=True)),
 }
 

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 import taciturn
 from conftest import make_federation
-from taciturn import codecs
+from taciturn import codecs, fleet, sync
 from taciturn.core.errors import ConfigError, UnknownName
 from taciturn.experiment import config
 from taciturn.experiment.recipes import RECIPES, check_data, recipe
@@ -38,6 +38,26 @@ def test_every_part_survives_toml():
             assert config.from_table(config.to_table(experiment)) == experiment
             seen += 1
     assert seen >= 40
+
+
+def test_a_rule_with_its_threshold_and_price():
+    """Dynamic synchronisation is one word; threshold and price are tables of their own."""
+    table = config.to_table(recipe("quickstart"))
+    config.set_path(table, "method.sync", "fda")
+    assert config.from_table(table).method.sync == sync.fda()
+    config.set_path(table, "method.sync.theta", "plain")
+    config.set_path(table, "method.sync.price", {"up": 1e5})
+    rule = config.from_table(table).method.sync
+    assert rule == sync.fda(theta=sync.thresholds.plain(), price=fleet.Price(up=1e5))
+    again = config.to_table(config.from_table(table))
+    assert again["method"]["sync"]["theta"]["name"] == "ratio" and config.from_table(again).method.sync == rule
+    for published in (sync.fda.published(max_blocks=14), sync.fda(theta=sync.thresholds.power(0.5))):
+        experiment = recipe("quickstart")
+        experiment = experiment.replace(method=experiment.method.replace(sync=published))
+        assert config.from_table(tomllib.loads(config.to_toml(experiment))) == experiment
+    config.set_path(table, "method.sync.theta", "power")
+    with pytest.raises(UnknownName, match=r"no field 'gama'.*gamma"):
+        config.set_path(table, "method.sync.theta.gama", 0.5)
 
 
 def test_codecs_within_codecs():

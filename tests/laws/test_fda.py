@@ -17,7 +17,7 @@ from conftest import Net, make_federation, make_task
 from drive import drive
 from taciturn import Experiment, Task, aggregation, codecs, fleet, participation, partition, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
-from taciturn.core.errors import MethodError
+from taciturn.core.errors import ConfigError, MethodError, UnknownName
 from taciturn.core.state import equal
 from taciturn.method import Method
 from taciturn.sync import fda
@@ -325,3 +325,18 @@ def test_adaptive_is_the_default_and_published_is_published():
     assert fda() == fda(monitor="naive", theta=adaptive())
     assert fda.published(max_blocks=10) == fda(monitor="sketch", theta=plain(), max_blocks=10, pace="longest")
     assert fda.published().most == 10 and (fda().rows, fda().columns) == (3, 500)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"monitor": "nave"}, "there is no monitor 'nave'.*naive"),
+        ({"max_blocks": 0}, "max_blocks: at least 1; got 0"),
+        ({"block": 0.0}, "block: local epochs, above 0; got 0.0"),
+        ({"rows": 0}, "rows: at least 1; got 0"),
+        ({"columns": 40_000}, "columns: 1 to 32768; got 40000"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises((ConfigError, UnknownName), match=message):
+        fda(**options)

@@ -64,6 +64,12 @@ def mnist_top_k(path: str) -> Experiment:
     return experiment.replace(method=method, name="mnist-top-k")
 
 
+def mnist_fda(path: str) -> Experiment:
+    """FedAvg that synchronises when the models have drifted apart, with 4 bits a value up and 8 down."""
+    experiment = mnist_quantize4(path)
+    return experiment.replace(method=experiment.method.replace(sync=sync.fda()), name="mnist-fda")
+
+
 def fashion(path: str) -> Experiment:
     """FedAvg on Fashion-MNIST (Debian package dataset-fashion-mnist, or a folder): 100 clients, 10 a round."""
     source = data.fashion(path=path or None, clients=100, split=data.dirichlet(alpha=0.3, min_partition_size=10))
@@ -114,6 +120,7 @@ RECIPES: dict[str, Recipe] = {
     "heart": heart,
     "least-squares-rounds": least_squares_rounds,
     "mnist": mnist,
+    "mnist-fda": mnist_fda,
     "mnist-fedadam": mnist_fedadam,
     "mnist-float16": mnist_float16,
     "mnist-quantize4": mnist_quantize4,

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from taciturn.core.errors import MethodError, require
+from taciturn.core.errors import MethodError, require, unknown
 from taciturn.core.price import Price
 from taciturn.core.state import State
 from taciturn.core.types import OK, Change, Observations, Payload, Plan, Record, Spent
 from taciturn.core.vector import Vector
 from taciturn.sync.monitors import MONITORS, Sizes, directions, drifts, estimate
+from taciturn.sync.sketch import MOST
 from taciturn.sync.thresholds import Look, Threshold, adaptive, plain
 
 CROSSING = 5.0  # local epochs that sending the model once costs, where no price is given
@@ -50,8 +51,12 @@ class fda:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.monitor not in MONITORS:
+            raise unknown("monitor", self.monitor, MONITORS, "sync.monitor")
         require(self.max_blocks is None or self.max_blocks >= 1, f"max_blocks: at least 1; got {self.max_blocks}")
         require(self.block > 0, f"block: local epochs, above 0; got {self.block}")
+        require(self.rows >= 1, f"rows: at least 1; got {self.rows}")
+        require(1 <= self.columns <= MOST, f"columns: 1 to {MOST}; got {self.columns}")
 
     @classmethod
     def published(cls, max_blocks: int = 10) -> fda:
@@ -131,7 +136,9 @@ class fda:
     def observe(self, u: Vector, told: Record, signal: Payload) -> tuple[Payload, Tensor]:
         """The monitor's bytes; go on, but for the local monitor only while |u|^2 <= Theta."""
         payload = MONITORS[self.monitor].say(u, signal, self._sizes)
-        go = payload["norm"] <= signal["theta"] if self.monitor == "local" else torch.ones((), dtype=torch.bool)
+        go = (
+            payload["norm"] <= signal["theta"].to(u.device) if self.monitor == "local" else torch.ones((), dtype=torch.bool)
+        )
         return payload, go
 
     def watch(self, seen: Observations, plan: Plan, state: State) -> tuple[Tensor | None, State]:
@@ -140,11 +147,12 @@ class fda:
             return None, state
         if plan.round == 0:
             state = state | {"cost": _with(state["cost"], self._measured(seen.spent))}
-        found = estimate(MONITORS[self.monitor], seen.payload, torch.where(seen.heard, plan.weights, 0.0), self._sizes)
+        payload = {name: tensor.cpu() for name, tensor in seen.payload.items()}
+        found = estimate(MONITORS[self.monitor], payload, torch.where(seen.heard, plan.weights, 0.0), self._sizes)
         longest = plan.epoch_steps.max()
         n, h = float(seen.done.max() / (longest * self.block)), float(found)
         rho, _ = self._rho(plan.epoch_steps, state)
-        begun, drift = int(state["round"]) == plan.round, drifts(seen.payload)
+        begun, drift = int(state["round"]) == plan.round, drifts(payload)
         if begun:  # who has halted stands still
             drift = torch.where(seen.heard, drift, state["drift"])
         looks = state["looks"] if begun else state["looks"][:0]

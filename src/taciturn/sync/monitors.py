@@ -66,12 +66,12 @@ def _naive(u: Vector, signal: Payload, sizes: Sizes) -> Payload:
 
 
 def _linear(u: Vector, signal: Payload, sizes: Sizes) -> Payload:
-    along = torch.where(signal["xi"], u, -u).float().sum() / math.sqrt(u.shape[-1])
+    along = torch.where(signal["xi"].to(u.device), u, -u).float().sum() / math.sqrt(u.shape[-1])
     return {"norm": norm(u), "along": along}
 
 
 def _sketch(u: Vector, signal: Payload, sizes: Sizes) -> Payload:
-    table = ams.table(sizes.seed, u.shape[-1], sizes.rows, sizes.columns)
+    table = ams.table(sizes.seed, u.shape[-1], sizes.rows, sizes.columns).to(u.device)
     return {"norm": norm(u), "sketch": ams.sketch(u.float(), table, sizes.columns)}
 
 
