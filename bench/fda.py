@@ -7,7 +7,8 @@ and start. Step sizes and targets are those of `bench.fda --tune`: for each task
 E = 5, the middle of the sweep, on the clients' validation data and a seed of its own; all methods use them, for what is
 measured is a drop-in. Target: 0.95 x the best accuracy of that run (1.05 x the smallest error), on the server's test set
 or, where the clients keep theirs, on their validation data.
-The best fixed interval of a cell is chosen with hindsight: smallest mean cost over the same seeds.
+The best fixed interval of a cell is chosen with hindsight: smallest mean cost over the same seeds. AdaComm (Wang & Joshi
+2019) starts from that interval and shortens it with the root of the training loss, so it has the same hindsight.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import taciturn
+from bench.adacomm import adacomm
 from bench.common import RESULTS, finish, parser
 from taciturn import StopAt, TaskSpec, data, fleet, models, participation, server, solvers, sync
 
@@ -105,7 +107,8 @@ def price(crossing: float, d: int, epoch_steps: float) -> fleet.Price:
     return fleet.Price.crossing(crossing, model_bytes=4 * d, epoch_steps=epoch_steps, latency=LATENCY)
 
 
-def _experiment(task: str, optimizer: str, setting: tuple[float, float], rule: Any, rounds: int, seed: int) -> Any:
+def experiment(task: str, optimizer: str, setting: tuple[float, float], rule: Any, rounds: int, seed: int) -> Any:
+    """A run of a cell of the study."""
     source, model, cohort, batch, _ = TASKS[task]
     solver = solvers.sgd(lr=setting[0], clip=5.0)
     method = taciturn.Method(participation=cohort, solver=solver, batch_size=batch, sync=rule)
@@ -119,11 +122,10 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     cell, rule = (job["task"], job["optimizer"]), job["rule"]
     epochs = getattr(rule, "epochs", None)
     rounds = MOST_ROUNDS if epochs is None else max(3, min(MOST_ROUNDS, MOST_EPOCHS // epochs))
-    experiment = _experiment(*cell, job["setting"], rule, rounds, job["seed"])
-    experiment = experiment.replace(stop_at=StopAt(metric=job["target"]))
+    trial = experiment(*cell, job["setting"], rule, rounds, job["seed"]).replace(stop_at=StopAt(metric=job["target"]))
     told = {name: job[name] for name in ("task", "optimizer", "method", "seed", "price")}
     try:
-        result = taciturn.run(experiment)
+        result = taciturn.run(trial)
     except taciturn.TaciturnError as error:
         return told | {"reached": False, "why": str(error)}
     last, cohort = result.history[-1], len(result.history[0]["cohort"])
@@ -157,10 +159,10 @@ def _tune(job: tuple[str, str, tuple[float, float]]) -> dict[str, Any]:
     """40 rounds of 5 epochs -> mean metric on validation data, best of what a run stops at, steps of an epoch."""
     torch.set_num_threads(1)
     task, optimizer, setting = job
-    experiment = _experiment(task, optimizer, setting, sync.every(epochs=5), 40, TUNING_SEED)
-    experiment = experiment.replace(evaluate_on="validation", evaluate_clients_every=4, evaluate_every=4)
+    trial = experiment(task, optimizer, setting, sync.every(epochs=5), 40, TUNING_SEED)
+    trial = trial.replace(evaluate_on="validation", evaluate_clients_every=4, evaluate_every=4)
     try:
-        result = taciturn.run(experiment)
+        result = taciturn.run(trial)
     except taciturn.TaciturnError:
         return {"mean": -math.inf, "best": -math.inf}
     goal, name = (result.header["metric"][key] for key in ("goal", "name"))
@@ -211,6 +213,17 @@ def _jobs(tasks: list[str], seeds: int, tuned: dict[str, Any]) -> list[dict[str,
         for name, crossing in PRICES.items():
             rules.append(("ours", name, sync.fda(price=price(crossing, cell["d"], cell["epoch_steps"]))))
         jobs += [known | {"method": method, "price": at, "rule": rule} for method, at, rule in rules]
+    return jobs
+
+
+def _adacomm(rows: list[dict[str, Any]], seeds: int, tuned: dict[str, Any]) -> list[dict[str, Any]]:
+    """AdaComm from the best fixed interval of each cell and price."""
+    jobs = []
+    for row, seed in itertools.product(rows, range(seeds)):
+        cell = tuned[f"{row['task']}/{row['optimizer']}"]
+        job = {name: row[name] for name in ("task", "optimizer", "price")} | {"seed": seed, "method": "AdaComm"}
+        rule = adacomm(first=int(row["best"].removeprefix("E=")))
+        jobs.append(job | {"setting": cell["setting"], "target": cell["target"], "rule": rule})
     return jobs
 
 
@@ -280,6 +293,8 @@ def main() -> None:
     jobs.sort(key=lambda job: -getattr(job["rule"], "epochs", 0))  # the long ones first
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         runs = list(pool.map(_run, jobs, chunksize=1))
+        if not chosen.quick:
+            runs += pool.map(_run, _adacomm(_ratios(runs, tuned, seeds), seeds, tuned), chunksize=1)
     rows = _ratios(runs, tuned, seeds)
     _print(rows)
     finish("fda", _figures(tasks, seeds, runs, rows, chosen.quick), chosen.quick)
@@ -299,6 +314,7 @@ def _figures(tasks: list[str], seeds: int, runs: list[dict[str, Any]], rows: Any
         "ours_bytes_vs_E1": summary(np.array(_bytes(runs, "ours", "slow") + _bytes(runs, "ours", "balanced"))),
         "ours_bytes_vs_E1_by_price": {at: summary(np.array(_bytes(runs, "ours", at))) for at in PRICES},
         "ours_vs_best_E": {at: _against(rows, "ours", at) for at in PRICES},
+        "adacomm_vs_best_E": None if quick else {at: _against(rows, "AdaComm", at) for at in PRICES},
     } | {f"E{e}_vs_best_E": {at: _against(rows, f"E={e}", at) for at in PRICES} for e in SWEEP}
     mine = [run for run in runs if run["method"] == "ours" and run["reached"]]
     share = sum(run["monitor"] for run in mine) / sum(run["up"] + run["down"] for run in mine)
