@@ -132,7 +132,7 @@ def looks_figure(groups: Sequence[Method]) -> Figure:
         why = "No run has a look at its clients' drift to show: clients that stop themselves tell none during a round."
         return Figure("looks", title, why, None)
     x = {"title": {"text": "communication round"}}
-    y = {"title": {"text": "squared norm of the drift"}, "type": "log", "exponentformat": "power"}
+    y = {"title": {"text": "squared norm of the drift"}, "type": "log", "dtick": "D2", "exponentformat": "power"}
     caption = "Solid: H, the rule's estimate of the variance of the clients' models. Dashed: Θ, the threshold; H above it "
     caption += "ends the round. A look at 2.5 is in round 3, after half of its local work. Logarithmic axis; values that "
     caption += "are not finite or not above 0 are left out."
