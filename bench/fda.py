@@ -193,7 +193,7 @@ def tune() -> None:
         scores = dict(zip(jobs, pool.map(_tune, jobs), strict=True))
         best = [max((job for job in jobs if job[:2] == cell), key=lambda job: scores[job]) for cell in cells]
         levels = list(pool.map(_level, best))
-    tried = {cell: " ".join(f"{s}: {scores[cell + (s,)]:.4f};" for *_, s in jobs if (*cell, s) in scores) for cell in cells}
+    tried = {cell: " ".join(f"{job[2]}: {scores[job]:.4f};" for job in jobs if job[:2] == cell) for cell in cells}
     chosen = {"/".join(cell): level | {"tried": tried[cell]} for cell, level in zip(cells, levels, strict=True)}
     TUNED.write_text(json.dumps(chosen, indent=1) + "\n")
     print(json.dumps({name: (kept["setting"], kept["target"]) for name, kept in chosen.items()}))
