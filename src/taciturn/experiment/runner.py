@@ -69,8 +69,8 @@ class _Run:
 
 def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faults: Any) -> _Run:
     """Build task, split, engine and server; nothing is trained. header: of the run that is resumed."""
-    task = experiment.task.build(experiment.seed, experiment.device, DTYPES[experiment.dtype])
     method = experiment.method
+    task = experiment.task.build(experiment.seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
     split = method.partition.split(task.model, task.tracked)
     work = Work(task, split, method.solver, method.codec)
     key = random.key(experiment.seed)
