@@ -88,10 +88,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Change:
-    """What the server applies: an update of x [d], and low-rank products X Y for the frozen base, by name."""
+    """What the server applies: an update of x [d], and low-rank products X Y for the frozen base, by name.
+
+    told: what the record keeps of the aggregation, as plain numbers by name.
+    """
 
     update: Vector
     merges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class lora:
     linear layer but the head. Linear, embedding and convolution layers can have adapters. also: names, patterns or helpers
     ("head", "norms") of parameters that are trained and shared beside them. The adapters are peft's, put in by
     `peft.inject_adapter_in_model` and exchanged under the names of its state dict.
+    share "both", "A" or "B"; rest "frozen" or "personal": the factor that is not shared stays at its start, the same for
+    all, or is trained and stays on the client. share "B", rest "frozen" is FFA-LoRA; share "A", rest "personal" FedSA-LoRA.
     Errors: `ModelError` for targets that cannot have one; `UnknownName`; `ConfigError` without peft.
     Source: Hu et al. 2021 (arXiv 2106.09685).
     """
@@ -60,11 +62,19 @@ class lora:
     targets: tuple[str, ...] | str = "linear"
     also: tuple[str, ...] | str = ()
     dropout: float = 0.0
+    share: Literal["both", "A", "B"] = "both"
+    rest: Literal["frozen", "personal"] = "frozen"
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank: at least 1; got {self.rank}")
         require(self.alpha > 0, f"lora.alpha: above 0; got {self.alpha}")
         require(0 <= self.dropout < 1, f"lora.dropout: at least 0, below 1; got {self.dropout}")
+        require(self.share in ("both", "A", "B"), f"lora.share: both, A or B; got {self.share!r}")
+        require(self.rest in ("frozen", "personal"), f"lora.rest: frozen or personal; got {self.rest!r}")
+        if self.share == "A" and self.rest == "frozen":
+            raise MethodError(
+                'lora: B starts at 0, so with B frozen nothing is ever learnt; share = "B", or rest = "personal"'
+            )
 
     @property
     def scale(self) -> float:
@@ -108,13 +118,20 @@ class lora:
         )
         made: nn.Module = peft.inject_adapter_in_model(config, model)
         for name, parameter in made.named_parameters():
-            parameter.requires_grad_("lora_" in name or name in also)
+            parameter.requires_grad_(
+                name in also or ("lora_" in name and not (self._apart(name) and self.rest == "frozen"))
+            )
         return made
 
+    def _apart(self, name: str) -> bool:
+        """True for the factor that is not shared."""
+        other = {"A": "B", "B": "A"}.get(self.share)
+        return other is not None and re.search(rf"lora_(embedding_)?{other}\b", name) is not None
+
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
-        """Adapters and `also` are shared."""
+        """Adapters, or one factor of each, and `also` are shared."""
         refuse_tracked(tracked, lambda name: False)
-        return cut(model, tracked, lambda name: False, called)
+        return cut(model, tracked, self._apart, called)
 
     def save(self, tensors: Mapping[str, Tensor], model: nn.Module, folder: str | Path) -> Path:
         """The adapters of a trained model (`Result.tensors`) as a folder for `PeftModel.from_pretrained(model, folder)`.
