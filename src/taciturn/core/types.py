@@ -88,14 +88,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Change:
-    """What the server applies: an update of x [d], and low-rank products X Y for the frozen base, by name.
-
-    told: what the record keeps of the aggregation, as plain numbers by name.
-    """
+    """What the server applies: an update of x [d], and low-rank products X Y for the frozen base, by name."""
 
     update: Vector
     merges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)  # what the record keeps of the aggregation
 
 
 @dataclass(frozen=True)
