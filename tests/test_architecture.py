@@ -29,7 +29,13 @@ FLOORS = [
     {"cli"},
 ]
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
-OPTIONAL = {"pyarrow", "sklearn", "ray"}  # imported where they are used, never at the top of a module
+OPTIONAL = {
+    "peft",
+    "pyarrow",
+    "sklearn",
+    "ray",
+    "transformers",
+}  # imported where they are used, never at the top of a module
 
 
 def room_of(path: Path) -> str:
@@ -99,6 +105,11 @@ def test_optional_packages_are_imported_lazily(path):
 def test_ray_has_one_door():
     users = {str(path.relative_to(ROOT)) for path in FILES if "ray" in {name.split(".")[0] for name in imports(path)}}
     assert users == {"engines/ray.py"}
+
+
+def test_peft_has_one_door():
+    users = {str(path.relative_to(ROOT)) for path in FILES if "peft" in {name.split(".")[0] for name in imports(path)}}
+    assert users == {"partition/lora.py"}
 
 
 def test_no_pickle_no_eval_from_the_network():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from taciturn.aggregation import mean, running, weighted
+from taciturn.aggregation import low_rank, mean, running, weighted
 from taciturn.codecs import difference, identity
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import MethodError, require
@@ -42,6 +42,16 @@ def _check_running(codec: Codec, aggregator: Aggregator) -> None:
         )
     if isinstance(codec, difference) and isinstance(aggregator, running) and codec.alpha != aggregator.alpha:
         raise MethodError(f"method: codec.alpha = {codec.alpha} and aggregator.alpha = {aggregator.alpha} must be equal")
+
+
+def _check_gauge(aggregator: Aggregator, server: ServerOptimizer) -> None:
+    """An optimizer that remembers directions must not see its coordinates turned."""
+    if isinstance(aggregator, low_rank) and aggregator.turns and server != server_sgd(lr=1.0):
+        raise MethodError(
+            f'method: aggregator = low_rank(operator = "{aggregator.operator}") gives factors in a gauge of their own, and '
+            f"server = {server} would step from the old ones to them; use server = sgd(lr = 1), or operator = "
+            '"factor_mean" or "tangent"'
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,7 @@ class Method:
                 'has many; of = "change" with the codec inside it is the memory of the way down'
             )
         _check_running(self.codec, self.aggregator)
+        _check_gauge(self.aggregator, self.server)
 
     def encoded(self, codec: Codec) -> Method:
         """The same method with another codec on the way up; `running` goes with the codec whose memory it kept."""

@@ -40,7 +40,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class RoundStats:
-    """What a round tells the record: per client [M], what each left-out client failed of, what the sync rule saw."""
+    """What a round tells the record: per client [M]; what left-out clients failed of; what rule and aggregator saw."""
 
     ids: Tensor
     loss: Tensor
@@ -49,6 +49,7 @@ class RoundStats:
     exchanges: int
     left_out: dict[int, str] = field(default_factory=dict)
     sync: dict[str, Any] = field(default_factory=dict)
+    aggregate: dict[str, Any] = field(default_factory=dict)
 
 
 def start(x0: Vector, sizes: Tensor, method: Method) -> ServerState:
@@ -97,7 +98,7 @@ def fed_round(
     x, opt = method.server.step(server.x, change.update, server.opt)  # 8 server optimizer (FedOpt)
     sync = method.sync.update(sync, plan, found, spent, change)  # 9 the rule's next threshold
     engine.commit(accepted)  # 10 accepted clients keep their new state
-    stats = replace(stats, sync=method.sync.tell(sync))
+    stats = replace(stats, sync=method.sync.tell(sync), aggregate=change.told)
     return replace(server, round=server.round + 1, x=x, opt=opt, agg=agg, sync=sync, cast=cast), stats
 
 

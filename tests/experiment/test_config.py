@@ -30,7 +30,7 @@ def test_every_part_survives_toml():
     for kind in kinds:
         for name in config.PARTS[kind]:
             extra = {"participation": {"count": 3}, "partition": {"personal": "head"}}.get(kind, {})
-            extra = {} if name in ("all", "full") else extra
+            extra = {} if name in ("all", "full", "lora") else extra
             method = base["method"] | {kind: {"name": name, **extra}}
             if name == "running":
                 method["codec"] = {"name": "difference", "codec": "top_k", "alpha": 1.0, "memory": "mean"}

@@ -92,6 +92,7 @@ class Change:
 
     update: Vector
     merges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)  # what the record keeps of the aggregation
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,10 @@ class Cast:
 
 class Partition(Protocol):
     """WHAT is shared."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model that clients train, in place of the user's (a copy of it): adapters are put in here."""
+        ...
 
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
         """Cut the model; `tracked` names the buffers that training changes. Errors: `ModelError` with the remedy."""

@@ -42,8 +42,7 @@ MAY_DIFFER = (
     "workers",
     "stop_at",
     "checkpoint_every",
-    *("evaluate_every", "evaluate_clients_every"),
-    *("target", "name"),
+    *("evaluate_every", "evaluate_clients_every", "target", "name"),
 )
 
 
@@ -69,8 +68,8 @@ class _Run:
 
 def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faults: Any) -> _Run:
     """Build task, split, engine and server; nothing is trained. header: of the run that is resumed."""
-    task = experiment.task.build(experiment.seed, experiment.device, DTYPES[experiment.dtype])
     method = experiment.method
+    task = experiment.task.build(experiment.seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
     split = method.partition.split(task.model, task.tracked)
     work = Work(task, split, method.solver, method.codec)
     key = random.key(experiment.seed)
@@ -293,6 +292,7 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
         "steps": float(stats.steps.to(torch.float64).mean()),
         "longest": int(stats.steps.max()),
         "sync": stats.sync,
+        "aggregate": stats.aggregate,
         "cohort": stats.ids.tolist(),
         "left_out": [{"client": names[i], "why": why} for i, why in stats.left_out.items()],
         "traffic": traffic,

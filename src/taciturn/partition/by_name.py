@@ -30,26 +30,32 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _cut(model: nn.Module, tracked: frozenset[str], is_personal: Callable[[str], bool]) -> Split:
-    """The split whose personal side holds the parameters that `is_personal` names."""
+def cut(
+    model: nn.Module,
+    tracked: frozenset[str],
+    is_personal: Callable[[str], bool],
+    called: Callable[[str], str] = lambda name: name,
+) -> Split:
+    """The split whose personal side holds the parameters that `is_personal` names; the shared ones are `called` so."""
     trainable = _tensors(model)
     if not trainable:
         raise ModelError("the model has no parameter that requires a gradient; nothing can be trained")
-    shared = {name: t for name, t in trainable.items() if not is_personal(name)}
+    names = {called(name): name for name in trainable if not is_personal(name)}
+    shared = {label: trainable[name] for label, name in names.items()}
     personal = {name: t for name, t in trainable.items() if is_personal(name)}
     buffers = {name: t.detach() for name, t in model.named_buffers() if name in tracked}
     dtype = next(iter(trainable.values())).dtype
     layout, mine, stats = Layout.of(shared), Layout.of(personal), Layout.of(buffers)
 
     def join(held: State, y: Record, v: Record) -> Record:
-        return {**y, **v}
+        return {**{names[label]: t for label, t in y.items()}, **v}
 
     device = next(iter(trainable.values())).device
     x0, v0, b0 = (side.flatten(t, dtype).to(device) for side, t in ((layout, shared), (mine, personal), (stats, buffers)))
     return Split(layout, mine, stats, x0, v0, b0, join)
 
 
-def _refuse_tracked(tracked: Iterable[str], is_personal: Callable[[str], bool]) -> None:
+def refuse_tracked(tracked: Iterable[str], is_personal: Callable[[str], bool]) -> None:
     """Statistics that a module keeps beside shared parameters would be averaged or lost: refuse, with the remedy."""
     loose = [name for name in tracked if not is_personal(name)]
     if loose:
@@ -65,10 +71,14 @@ def _refuse_tracked(tracked: Iterable[str], is_personal: Callable[[str], bool]) 
 class full:
     """Every trainable parameter is shared: d = all, p = 0. Errors: `ModelError` for a model with running statistics."""
 
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as it is."""
+        return model
+
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
         """Cut the model."""
-        _refuse_tracked(tracked, lambda name: False)
-        return _cut(model, tracked, lambda name: False)
+        refuse_tracked(tracked, lambda name: False)
+        return cut(model, tracked, lambda name: False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +97,22 @@ class layers:
     def __post_init__(self) -> None:
         require(bool(self.personal) != bool(self.shared), f"layers: give personal or shared, one of the two; got {self}")
 
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as it is."""
+        return model
+
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
         """Cut the model."""
         wanted = self.personal or self.shared
-        names = _expand(model, (wanted,) if isinstance(wanted, str) else wanted)
+        names = expand(model, (wanted,) if isinstance(wanted, str) else wanted)
         invert = bool(self.shared)
 
         def is_personal(name: str) -> bool:
             return any(name == n or name.startswith(n + ".") for n in names) != invert
 
-        _refuse_tracked(tracked, is_personal)
+        refuse_tracked(tracked, is_personal)
         _refuse_torn(model, is_personal)
-        split = _cut(model, tracked, is_personal)
+        split = cut(model, tracked, is_personal)
         if split.layout.d == 0 or split.personal.d == 0:
             side = "shared" if split.layout.d == 0 else "personal"
             raise MethodError(f"layers: no trainable parameter is {side} under {self}; full() shares all")
@@ -123,7 +137,7 @@ def _refuse_torn(model: nn.Module, is_personal: Callable[[str], bool]) -> None:
             )
 
 
-def _expand(model: nn.Module, wanted: Iterable[str]) -> set[str]:
+def expand(model: nn.Module, wanted: Iterable[str]) -> set[str]:
     """Helpers and patterns -> names of modules and parameters."""
     modules = dict(model.named_modules())
     trainable = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]

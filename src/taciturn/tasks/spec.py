@@ -5,6 +5,7 @@ Symbols: seed of the run, which draws the split of the data and the start weight
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,8 +38,14 @@ class TaskSpec:
     data: DataSource
     model: ModelSource
 
-    def build(self, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> BuiltTask:
-        """Load the data, make the model, check both."""
+    def build(
+        self,
+        seed: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
+    ) -> BuiltTask:
+        """Load the data, make the model, check both. prepare: the partition's."""
         data = self.data.load(seed)
         zero = torch.zeros(1, dtype=torch.int64)
         sample = data.train.fetch(zero, zero.unsqueeze(0))["input"][0, 0]
@@ -48,4 +55,4 @@ class TaskSpec:
             data,
             F.cross_entropy if classify else F.mse_loss,
             (accuracy,) if classify else (rmse, mae),
-        ).build(seed, device, dtype)
+        ).build(seed, device, dtype, prepare)

@@ -43,14 +43,23 @@ class Task:
     hold_out: float | None = None
     validation: float = 0.0
 
-    def build(self, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> BuiltTask:
-        """Check everything and move it to the device. Errors: `DataError`, `ModelError`, each with the remedy."""
+    def build(
+        self,
+        seed: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
+    ) -> BuiltTask:
+        """Check everything and move it to the device. prepare: the partition's, on a copy of the model.
+
+        Errors: `DataError`, `ModelError`, each with the remedy.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = self.model if isinstance(self.model, nn.Module) else self.model()
-        if not isinstance(made, nn.Module):
-            raise ModelError(f"task.model gave {type(made).__name__}; give an nn.Module or a function that makes one")
-        model = copy.deepcopy(made).to(device, dtype)
+            if not isinstance(made, nn.Module):
+                raise ModelError(f"task.model gave {type(made).__name__}; give an nn.Module or a function that makes one")
+            model = prepare(copy.deepcopy(made)).to(device, dtype)
         if not model.training:
             model.train()  # a model in evaluation mode as a whole is to be trained; single frozen parts stay frozen
         tensors = [*model.parameters(), *model.buffers()]

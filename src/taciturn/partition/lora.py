@@ -1,0 +1,159 @@
+"""Low-rank adapters: W = W0 + (alpha / r) B A, W0 frozen, B and A shared. The one door to peft.
+
+Symbols: W0 [m, n] a frozen weight; B [m, r] starts at 0, A [r, n] at random; r the rank. A convolution's A is [r, n, k, k]
+and its B [m, r, 1, 1]; an embedding of n words of width m has A [r, n], B [m, r].
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from taciturn.core.errors import ConfigError, MethodError, ModelError, require
+from taciturn.core.state import write_atomic
+from taciturn.core.types import Split
+from taciturn.partition.by_name import cut, expand, refuse_tracked
+
+KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ADAPTER = "default"  # peft's name for the only one there is
+BESIDE = "base_model.model."  # what peft writes before every name of a saved adapter
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("partition lora needs peft: pip install 'taciturn[lora]'") from error
+    return peft
+
+
+def called(name: str) -> str:
+    """A parameter's name in peft's state dict, which leaves out the adapter's.
+
+    >>> called("stem.lora_A.default.weight"), called("table.lora_embedding_A.default"), called("head.bias")
+    ('stem.lora_A.weight', 'table.lora_embedding_A', 'head.bias')
+    """
+    return re.sub(rf"(lora_\w+)\.{ADAPTER}(?=\.|$)", r"\1", name)
+
+
+@dataclass(frozen=True, slots=True)
+class lora:
+    """Adapters of rank r in the target layers are shared, and what `also` names; all else is frozen, the same for all.
+
+    A forward pass computes W0 x + (alpha / r) B (A x). targets: names of modules, patterns with * and ?, or "linear": every
+    linear layer but the head. Linear, embedding and convolution layers can have adapters. also: names, patterns or helpers
+    ("head", "norms") of parameters that are trained and shared beside them. The adapters are peft's, put in by
+    `peft.inject_adapter_in_model` and exchanged under the names of its state dict.
+    share "both", "A" or "B"; rest "frozen" or "personal": the factor that is not shared stays at its start, the same for
+    all, or is trained and stays on the client. share "B", rest "frozen" is FFA-LoRA; share "A", rest "personal" FedSA-LoRA.
+    Errors: `ModelError` for targets that cannot have one; `UnknownName`; `ConfigError` without peft.
+    Source: Hu et al. 2021 (arXiv 2106.09685).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] | str = "linear"
+    also: tuple[str, ...] | str = ()
+    dropout: float = 0.0
+    share: Literal["both", "A", "B"] = "both"
+    rest: Literal["frozen", "personal"] = "frozen"
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"lora.rank: at least 1; got {self.rank}")
+        require(self.alpha > 0, f"lora.alpha: above 0; got {self.alpha}")
+        require(0 <= self.dropout < 1, f"lora.dropout: at least 0, below 1; got {self.dropout}")
+        require(self.share in ("both", "A", "B"), f"lora.share: both, A or B; got {self.share!r}")
+        require(self.rest in ("frozen", "personal"), f"lora.rest: frozen or personal; got {self.rest!r}")
+        if self.share == "A" and self.rest == "frozen":
+            raise MethodError(
+                'lora: B starts at 0, so with B frozen nothing is ever learnt; share = "B", or rest = "personal"'
+            )
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, which every product B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def adapted(self, model: nn.Module) -> list[str]:
+        """Names of the modules that get an adapter, in the order of the model."""
+        modules = dict(model.named_modules())
+        if self.targets == "linear":
+            names = {name for name, module in modules.items() if isinstance(module, nn.Linear)} - _head(model)
+            if not names:
+                raise ModelError("lora: the model has no linear layer but its head; name the layers, targets = (..)")
+        else:
+            names = set[str]()
+            for word in _listed(self.targets):
+                found = expand(model, (word,))
+                if "*" in word or "?" in word:
+                    found = {name for name in found if isinstance(modules.get(name), KINDS)}
+                names |= found
+        bad = sorted(name for name in names if not isinstance(modules.get(name), KINDS))
+        if bad or not names:
+            kinds = ", ".join(f"{name} ({type(modules[name]).__name__})" if name in modules else name for name in bad)
+            raise ModelError(
+                f"lora: {kinds or self.targets} cannot have an adapter; linear, embedding and convolution layers can, "
+                'named as modules, for example targets = ("encoder.0",)'
+            )
+        return [name for name in modules if name in names]
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model with its adapters; everything but them and `also` is frozen."""
+        peft = _peft()
+        names, beside = self.adapted(model), expand(model, _listed(self.also))
+        overlap = sorted(beside & set(names))
+        if overlap:
+            raise MethodError(f"lora: {', '.join(overlap)} would have an adapter and be trained whole; choose one")
+        also = {n for n, _ in model.named_parameters() if any(n == b or n.startswith(b + ".") for b in beside)}
+        pattern = "|".join(re.escape(name) for name in names)
+        config = peft.LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=f"({pattern})", bias="none"
+        )
+        made: nn.Module = peft.inject_adapter_in_model(config, model)
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(
+                name in also or ("lora_" in name and not (self._apart(name) and self.rest == "frozen"))
+            )
+        return made
+
+    def _apart(self, name: str) -> bool:
+        """True for the factor that is not shared."""
+        other = {"A": "B", "B": "A"}.get(self.share)
+        return other is not None and re.search(rf"lora_(embedding_)?{other}\b", name) is not None
+
+    def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
+        """Adapters, or one factor of each, and `also` are shared."""
+        refuse_tracked(tracked, lambda name: False)
+        return cut(model, tracked, self._apart, called)
+
+    def save(self, tensors: Mapping[str, Tensor], model: nn.Module, folder: str | Path) -> Path:
+        """The adapters of a trained model (`Result.tensors`) as a folder for `PeftModel.from_pretrained(model, folder)`.
+
+        model: as it was given, without adapters. What `also` shares is not an adapter and is not written.
+        """
+        names, folder = self.adapted(model), Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "bias": "none",
+            "target_modules": f"({'|'.join(re.escape(name) for name in names)})", "inference_mode": True,
+        }  # fmt: skip
+        kept = {BESIDE + called(n): t.detach().cpu().contiguous() for n, t in tensors.items() if "lora_" in n}
+        write_atomic(folder / "adapter_config.json", [json.dumps(config, indent=1).encode()])
+        write_atomic(folder / "adapter_model.safetensors", [save(kept)])
+        return folder
+
+
+def _head(model: nn.Module) -> set[str]:
+    trainable = any(parameter.requires_grad for parameter in model.parameters())
+    return expand(model, ("head",)) if trainable else set()
+
+
+def _listed(names: tuple[str, ...] | str) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) and names else tuple(names)
