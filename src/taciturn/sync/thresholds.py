@@ -172,8 +172,10 @@ class adaptive:
 
         n* = (r^trust horizon^(1 - trust) rho)^(1 / (2 - trust))
 
-    p is measured from one look to the next and remembered; `memory` is the weight of what is new. Looks: at half of the
-    expected n*, at n*, and on, at most twice as far, where n* has moved away. Where clients stop themselves p stays 1.
+    The first round has at most `start` blocks, each later one at most twice as many as the last: from random weights long
+    rounds can break the model for good. p is measured from one look to the next and remembered; `memory` is the weight of
+    what is new. Looks: at half of the expected n*, at n*, and on, at most twice as far, where n* has moved away. Where
+    clients stop themselves p stays 1.
     Source: ours.
     """
 
@@ -181,15 +183,17 @@ class adaptive:
     horizon: float = 1.5
     trust: float = 0.5
     memory: float = 0.5
+    start: float = 5.0
 
     def __post_init__(self) -> None:
+        require(self.start > 0, f"start: blocks, above 0; got {self.start}")
         require(self.horizon > 0, f"horizon: blocks, above 0; got {self.horizon}")
         require(0 <= self.trust <= 1, f"trust: between 0 and 1; got {self.trust}")
         require(0 <= self.memory <= 1, f"memory: between 0 and 1; got {self.memory}")
 
     def init(self) -> State:
         """p = 1; clients that stop themselves stop at their first look."""
-        return {"theta": _number(-math.inf), "p": _number(1.0)}
+        return {"theta": _number(-math.inf), "p": _number(1.0), "reach": _number(self.start)}
 
     def goal(self, p: float, rho: float) -> float:
         """n*, for an exponent below 2.
@@ -202,9 +206,13 @@ class adaptive:
         n: float = (half * rho) ** (1 / (2 - t))
         return n
 
+    def aim(self, p: float, rho: float, state: State) -> float:
+        """n*, as far as this round may reach."""
+        return min(self.goal(p, rho), float(state["reach"]))
+
     def first(self, rho: float, state: State) -> float:
         """n* / 2."""
-        return self.goal(float(state["p"]), rho) / 2
+        return self.aim(float(state["p"]), rho, state) / 2
 
     def exponent(self, looks: Sequence[Look], state: State) -> float:
         """p with what the last two looks say: the slope of log H over log n, held between 0.05 and 1.9."""
@@ -220,20 +228,20 @@ class adaptive:
     def at(self, looks: Sequence[Look], rho: float, state: State) -> float:
         """The formula above, with n* a little smaller: who is almost there is not asked to go on."""
         p, (n, h) = self.exponent(looks, state), looks[-1]
-        theta: float = h * (_NEAR * self.goal(p, rho) / n) ** p
+        theta: float = h * (_NEAR * self.aim(p, rho, state) / n) ** p
         return theta
 
     def after(self, looks: Sequence[Look], rho: float, state: State) -> float:
         """n*, at most twice as far as now."""
-        return min(2 * looks[-1][0], self.goal(self.exponent(looks, state), rho))
+        return min(2 * looks[-1][0], self.aim(self.exponent(looks, state), rho, state))
 
     def alone(self, most: int, rho: float, state: State) -> float:
         """2 n*, at least one block."""
-        return min(float(most), max(1.0, 2 * self.goal(float(state["p"]), rho)))
+        return min(float(most), max(1.0, 2 * self.aim(float(state["p"]), rho, state)))
 
     def update(self, state: State, looks: Sequence[Look], n: float, v: float, most: int, rho: float) -> State:
         """p, and the variance expected at n* as the threshold of clients that stop themselves."""
         if not math.isfinite(v):
             return state
-        p = self.exponent(looks, state)
-        return {"theta": _number(v * (self.goal(p, rho) / n) ** p), "p": _number(p)}
+        p, after = self.exponent(looks, state), {"reach": _number(2 * n)}
+        return {"theta": _number(v * (self.aim(p, rho, after) / n) ** p), "p": _number(p)} | after
