@@ -5,7 +5,6 @@ Symbols: V = c n^p the variance after n blocks; M most blocks; rho cost of a rou
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -147,9 +146,9 @@ def test_threshold_is_the_variance_expected_at_the_goal():
     assert rule.at(looks, 1.0, state) == pytest.approx(0.4 * 0.9 * rule.goal(1.0, 1.0))
 
 
-def test_rounds_grow_from_a_short_first_one():
+def test_only_the_first_round_is_held_back():
     found = rounds(adaptive(), 1000.0, lambda n: n**1.5)
-    assert found[0] <= 5.0 and all(b <= 2.001 * a for a, b in itertools.pairwise(found)) and found[-1] > 60
+    assert found[0] <= 5.0 and found[1] > 60
 
 
 @pytest.mark.parametrize("looks", [[(1.0, 0.0), (2.0, 0.0)], [(1.0, 0.5), (2.0, 0.0)], [(1.0, 0.5), (2.0, math.inf)]])

@@ -172,8 +172,7 @@ class adaptive:
 
         n* = (r^trust horizon^(1 - trust) rho)^(1 / (2 - trust))
 
-    The first round has at most `start` blocks, each later one at most twice as many as the last: from random weights long
-    rounds can break the model for good. p is measured from one look to the next and remembered; `memory` is the weight of
+    The first round has at most `start` blocks: from random weights a long one can break the model for good. p is measured from one look to the next and remembered; `memory` is the weight of
     what is new. Looks: at half of the expected n*, at n*, and on, at most twice as far, where n* has moved away. Where
     clients stop themselves p stays 1.
     Source: ours.
@@ -243,5 +242,5 @@ class adaptive:
         """p, and the variance expected at n* as the threshold of clients that stop themselves."""
         if not math.isfinite(v):
             return state
-        p, after = self.exponent(looks, state), {"reach": _number(2 * n)}
+        p, after = self.exponent(looks, state), {"reach": _number(math.inf)}
         return {"theta": _number(v * (self.aim(p, rho, after) / n) ** p), "p": _number(p)} | after
