@@ -139,7 +139,8 @@ def test_scale_of_the_variance_does_not_matter():
 
 
 def test_threshold_is_the_variance_expected_at_the_goal():
-    rule, state = adaptive(), adaptive().init()
+    rule = adaptive(start=5.0)
+    state = rule.init()
     looks = [(2.0, 0.8), (4.0, 1.6)]  # p = 1, as remembered
     assert rule.aim(1.0, 10.0, state) == 5.0 < rule.goal(1.0, 10.0)
     assert rule.at(looks, 10.0, state) == pytest.approx(0.4 * 0.9 * 5.0)
@@ -147,7 +148,7 @@ def test_threshold_is_the_variance_expected_at_the_goal():
 
 
 def test_only_the_first_round_is_held_back():
-    found = rounds(adaptive(), 1000.0, lambda n: n**1.5)
+    found = rounds(adaptive(start=5.0), 1000.0, lambda n: n**1.5)
     assert found[0] <= 5.0 and found[1] > 60
 
 
@@ -157,7 +158,7 @@ def test_no_growth_that_can_be_measured_leaves_what_was_known(looks):
 
 
 def test_a_client_that_stops_itself_has_a_limit():
-    rule = adaptive()
+    rule = adaptive(start=5.0)
     assert rule.alone(200, 10.0, rule.init()) == 10.0, "twice the start"
     assert rule.alone(200, 1.0, rule.init()) == pytest.approx(2 * rule.goal(1.0, 1.0))
     assert rule.alone(3, 10.0, rule.init()) == 3.0 and rule.alone(200, 1e-6, rule.init()) == 1.0

@@ -172,9 +172,9 @@ class adaptive:
 
         n* = (r^trust horizon^(1 - trust) rho)^(1 / (2 - trust))
 
-    The first round has at most `start` blocks: from random weights a long one can break the model for good. p is measured from one look to the next and remembered; `memory` is the weight of
-    what is new. Looks: at half of the expected n*, at n*, and on, at most twice as far, where n* has moved away. Where
-    clients stop themselves p stays 1.
+    start: most blocks of the first round; from random weights a long one can break the model for good (docs/fda.md). p is
+    measured from one look to the next and remembered; `memory` is the weight of what is new. Looks: at half of the expected
+    n*, at n*, and on, at most twice as far, where n* has moved away. Where clients stop themselves p stays 1.
     Source: ours.
     """
 
@@ -182,7 +182,7 @@ class adaptive:
     horizon: float = 1.5
     trust: float = 0.5
     memory: float = 0.5
-    start: float = 5.0
+    start: float = math.inf
 
     def __post_init__(self) -> None:
         require(self.start > 0, f"start: blocks, above 0; got {self.start}")
