@@ -55,6 +55,37 @@ def test_engines_agree(name):
     assert len(set(blocks(stats))) > 1, "the rule never changed its mind"
 
 
+class Wide(nn.Module):
+    """Layers so wide that the stacked engine never forms their weights, and clients rest while others go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 200)
+        self.middle = nn.Linear(200, 160)
+        self.head = nn.Linear(160, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.middle(torch.relu(self.stem(x)))))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [solvers.sgd(lr=0.05), solvers.prox(mu=0.5, solver=solvers.sgd(lr=0.05)), solvers.adamw(lr=0.003)],
+    ids=["sgd", "prox", "adamw"],
+)
+@pytest.mark.parametrize("block", [0.3, 0.7])
+def test_clients_that_rest_in_a_stride_go_on_as_they_were(block, solver):
+    """With strides of part of an epoch small clients do no step in some of them; layer by layer this was once wrong."""
+    task = make_task(Wide)
+    rule = fda(theta=fixed(math.inf), max_blocks=5, block=block)
+    method = METHOD.replace(sync=rule, solver=solver, batch_size=4, participation=participation.all())
+    state, _, stats, _ = drive(task, method, rounds=2)
+    stacked, engine, stacked_stats, _ = drive(task, method, "stacked", rounds=2)
+    assert engine.crew.trainer.way.__class__.__name__ == "Fused"
+    assert all(torch.equal(a.steps, b.steps) for a, b in zip(stats, stacked_stats, strict=True))
+    assert float((state.x - stacked.x).norm() / state.x.norm()) <= 1e-5
+
+
 PARTS = {
     "momentum": {"solver": solvers.sgd(lr=0.05, momentum=0.9, clip=1.0)},
     "adamw": {"solver": solvers.adamw(lr=0.01)},

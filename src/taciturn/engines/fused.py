@@ -200,22 +200,36 @@ class Fused:
 
     def _moments(self, part: _Part, k: int, t: int, batch: Batch, keys: Tensor) -> Tensor:
         """AdamW: the gradients of all layers, then torch's fused kernel -> losses [k]."""
-        solver, found = self._adam, _Gather({})
-        assert solver is not None
+        found = _Gather({})
         mine = part.own if k == len(part.losses) else {name: w[:k] for name, w in part.own.items()}
         losses = self._backward(Step(part.base if part.fresh else mine, found, k, part.fresh), batch, keys)
         if part.fresh:
             for name, w in mine.items():
                 w.copy_(part.base[name])
             part.fresh = False
-        done = losses.new_tensor(float(int(part.done[0]) + t), dtype=torch.float32)
-        adamw_kernel(
-            list(mine.values()), [found.found[name].reshape(w.shape).contiguous() for name, w in mine.items()],
-            [part.moments[name][0][:k] for name in mine], [part.moments[name][1][:k] for name in mine], [],
-            [done.clone() for _ in mine], fused=True, amsgrad=False, beta1=solver.betas[0], beta2=solver.betas[1],
-            lr=solver.lr * part.lr_scale, weight_decay=solver.weight_decay, eps=solver.eps, maximize=False,
-        )  # fmt: skip
+        steps = part.done[:k] + t
+        for done in sorted(set(steps.tolist())):  # clients that rested in a stride have done fewer
+            rows = slice(None) if int((steps == done).sum()) == k else (steps == done).nonzero().squeeze(1)
+            self._adamw(part, mine, found.found, k, rows, float(done))
         return losses
+
+    def _adamw(self, part: _Part, mine: Weights, gradients: Weights, k: int, rows: Any, done: float) -> None:
+        """Step done + 1 of some of the first k clients, in place."""
+        solver = self._adam
+        assert solver is not None
+        moments = [(part.moments[name][0][:k], part.moments[name][1][:k]) for name in mine]
+        whole = [*mine.values(), *(m for m, _ in moments), *(s for _, s in moments)]
+        n, chosen = len(mine), [tensor[rows] for tensor in whole]
+        found = [gradients[name].reshape(w.shape)[rows].contiguous() for name, w in mine.items()]
+        count = whole[0].new_tensor(done, dtype=torch.float32)
+        adamw_kernel(
+            chosen[:n], found, chosen[n : 2 * n], chosen[2 * n :], [], [count.clone() for _ in mine], fused=True,
+            amsgrad=False, beta1=solver.betas[0], beta2=solver.betas[1], lr=solver.lr * part.lr_scale,
+            weight_decay=solver.weight_decay, eps=solver.eps, maximize=False,
+        )  # fmt: skip
+        if not isinstance(rows, slice):
+            for tensor, part_of_it in zip(whole, chosen, strict=True):
+                tensor[rows] = part_of_it
 
     def _general(self, part: _Part, k: int, t: int, batch: Batch, keys: Tensor) -> Tensor:
         """Any solver that asks for one gradient a step, at (y, v): the gradient is gathered, then the solver steps."""

@@ -68,6 +68,7 @@ class Late:
         place = slice(self.filled, self.filled + self.rows)
         if self._x is not x:
             self._x[:k, place], self._h[:k, place] = x, g
+            self._x[k:, place], self._h[k:, place] = 0.0, 0.0  # who rests in this step may go on in a later stride
         self.filled = place.stop
         self._counts[:k] = place.stop
 
