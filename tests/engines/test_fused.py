@@ -147,8 +147,8 @@ class Odd(nn.Module):
             self.b.weight = self.a.weight
         elif how == "hook":
             self.a.register_forward_hook(lambda module, args, output: output * 2)
-        elif how == "frozen":
-            self.a.requires_grad_(False)
+        elif how == "partly":
+            self.a.bias.requires_grad_(False)
         elif how == "raw":
             self.scale = nn.Parameter(torch.ones(6))
         elif how == "unknown":
@@ -158,8 +158,6 @@ class Odd(nn.Module):
 
     def forward(self, x):
         x = self.a(x)
-        if self.how == "branches" and x.shape[0] > 10_000:
-            return self.head(x)
         if self.how == "unknown":
             return self.head(self.b(x, x))
         if self.how == "raw":
@@ -176,13 +174,12 @@ class Odd(nn.Module):
     [
         ("tied", "tied weights"),
         ("hook", "a has hooks"),
-        ("frozen", "is frozen"),
-        ("raw", "scale is used outside a known layer"),
-        ("unknown", "Bilinear, which is not a known layer"),
+        ("partly", "a is partly frozen"),
+        ("raw", "scale is trained outside any layer"),
+        ("unknown", "b.* is trained in a Bilinear, which is not a known layer"),
         ("twice", "a is called 2 times"),
-        ("branches", r"torch\.fx cannot trace it"),
         ("coupled", "not independent"),
-        ("idle", "trained in no known layer"),
+        ("idle", "b is called 0 times"),
         ("parametrized", "parametri"),
     ],
 )

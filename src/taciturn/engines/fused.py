@@ -10,6 +10,8 @@ affine step y <- y - lr (g + mu (y - x)).
 
 from __future__ import annotations
 
+import itertools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,16 +22,18 @@ from torch.optim.adamw import adamw as adamw_kernel
 from taciturn import client
 from taciturn.client import Work
 from taciturn.core.state import State, flatten, tree_map, unflatten
-from taciturn.core.types import Batch
+from taciturn.core.types import Batch, Split
 from taciturn.core.vector import Layout
-from taciturn.engines.graph import Refusal, rewrite
 from taciturn.engines.late import Late
 from taciturn.engines.layers import Step, Weights, linear_weights
+from taciturn.engines.prefix import Prefix, find, saved_bytes
+from taciturn.engines.swap import Program, Refusal
 from taciturn.engines.train import Fetch
 from taciturn.solvers import adamw
 
 PART_VALUES = 5_000_000  # floats of the weights that train at once: few for the cache, many for less Python a client
 WIDE = 50  # clients that train at once where most weights are not formed
+SAVED_BYTES = 1 << 28  # of what autograd keeps of a step
 
 
 @dataclass
@@ -111,35 +115,36 @@ class _Part:
 class Fused:
     """One way to train a part of a block (train.py). Errors: `Refusal` where the model cannot be run this way.
 
-    rows: of each linear layer for one sample, where they are known from another `Fused` of the same work.
+    rows: of each linear layer for one sample, saved: bytes that autograd keeps of one; where they are known from another
+    `Fused` of the same work.
     """
 
-    def __init__(self, work: Work, rows: dict[str, int] | None = None) -> None:
+    def __init__(self, work: Work, rows: dict[str, int] | None = None, saved: int = 0) -> None:
         split, task = work.split, work.task
         if task.sequential_only or split.buffers.d:
             raise Refusal(task.sequential_only or "it keeps running statistics")
         if not task.plain:
             raise Refusal("it is called by a forward of your own")
-        names = frozenset(split.layout.names + split.personal.names)
         self.work = work
+        self._shared, self._personal = _in_model(split)
+        names = frozenset(self._shared.names + self._personal.names)
         self._affine = work.solver.affine()
         self._adam = work.solver if isinstance(work.solver, adamw) and work.solver.clip is None else None
         self._flat = self._affine is None and self._adam is None
-        self._program = rewrite(task.model, names)
-        self._base = split.layout.views(split.x0)
-        known = linear_weights(task.model) & set(split.layout.names)
+        self.program = Program(task.model, names)
+        self._base = self._shared.views(split.x0)
+        known = linear_weights(task.model) & set(self._shared.names)
         self.rows = rows or dict.fromkeys(sorted(known), 1)  # of each linear layer, for a sample
-        if set(split.join({}, split.layout.views(split.x0), split.personal.views(split.v0))) != names:
-            raise Refusal("its partition joins more than views of the vectors")
+        self.saved = saved
+        self.prefix: Prefix | None = None
 
     def width(self, steps: int, batch: int) -> int:
         """As many clients as stay in cache; where most weights are never formed, as many as make the products large."""
         split = self.work.split
         d = split.layout.d + split.personal.d
-        if self._affine is None:
-            return max(1, PART_VALUES // d)
         late = (w.numel() for name, w in self._base.items() if self._stays(name, steps * batch))
-        return WIDE if steps == 1 or 2 * sum(late) > d else max(1, PART_VALUES // d)
+        wide = self._affine is not None and (steps == 1 or 2 * sum(late) > d)
+        return max(1, min(WIDE if wide else PART_VALUES // d, SAVED_BYTES // max(1, self.saved * batch)))
 
     def _stays(self, name: str, samples: int) -> bool:
         if name not in self.rows:
@@ -150,7 +155,7 @@ class Fused:
     def begin(self, held: State, start: Tensor, own: State, lr_scale: float, steps: int) -> _Part:
         """Weights by layer, each dense, as a batch of products wants them; for other solvers flat records."""
         m, split = len(start), self.work.split
-        base = split.layout.views(start[0])
+        base = self._shared.views(start[0])
         if self._adam is not None:
             begun: State = {"solver": {"v": own["v"]}, "b": own["b"], "start": start}
         else:
@@ -163,7 +168,7 @@ class Fused:
         if self._affine is not None:
             lr, mu = self._affine
             part.late = {name: Late(x, m, lr * lr_scale, mu, steps) for name, x in base.items() if name in self.rows}
-        v = split.personal.views(begun["solver"]["v"])
+        v = self._personal.views(begun["solver"]["v"])
         part.own = {name: x.new_empty(m, *x.shape) for name, x in base.items() if name not in part.late}
         part.fresh = not split.personal.d  # then the first step is shared, and writes the weights
         if not part.fresh:
@@ -185,7 +190,7 @@ class Fused:
         part.done += torch.tensor(todo)
         return part
 
-    def _fold(self, part: _Part, k: int, t: int, batch: Batch, keys: Tensor) -> Tensor:
+    def _fold(self, part: _Part, k: int, t: int, *seen: Any) -> Tensor:
         """y <- y - lr (g + mu (y - x)), inside the backward pass -> losses [k]."""
         assert self._affine is not None
         lr, mu = self._affine[0] * part.lr_scale, self._affine[1]
@@ -194,15 +199,15 @@ class Fused:
         mine = part.own if k == len(part.losses) else {name: w[:k] for name, w in part.own.items()}
         sink = _Apply(mine, part.base, lr, mu, part.fresh)
         step = Step(part.base if part.fresh else mine, sink, k, part.fresh, part.late)
-        losses = self._backward(step, batch, keys)
+        losses = self._backward(step, *seen)
         part.fresh = False
         return losses
 
-    def _moments(self, part: _Part, k: int, t: int, batch: Batch, keys: Tensor) -> Tensor:
+    def _moments(self, part: _Part, k: int, t: int, *seen: Any) -> Tensor:
         """AdamW: the gradients of all layers, then torch's fused kernel -> losses [k]."""
         found = _Gather({})
         mine = part.own if k == len(part.losses) else {name: w[:k] for name, w in part.own.items()}
-        losses = self._backward(Step(part.base if part.fresh else mine, found, k, part.fresh), batch, keys)
+        losses = self._backward(Step(part.base if part.fresh else mine, found, k, part.fresh), *seen)
         if part.fresh:
             for name, w in mine.items():
                 w.copy_(part.base[name])
@@ -231,14 +236,13 @@ class Fused:
             for tensor, part_of_it in zip(whole, chosen, strict=True):
                 tensor[rows] = part_of_it
 
-    def _general(self, part: _Part, k: int, t: int, batch: Batch, keys: Tensor) -> Tensor:
+    def _general(self, part: _Part, k: int, t: int, *seen: Any) -> Tensor:
         """Any solver that asks for one gradient a step, at (y, v): the gradient is gathered, then the solver steps."""
-        split = self.work.split
         live: State = tree_map(lambda tensor: tensor[:k], part.begun["solver"])
-        weights, gradients = split.layout.views(live["y"]) | split.personal.views(live["v"]), _Gather({})
-        losses = self._backward(Step(weights, gradients, k, False), batch, keys)
-        g_y = _joined(gradients.found, split.layout, live["y"])
-        g_v = _joined(gradients.found, split.personal, live["v"])
+        weights, gradients = self._shared.views(live["y"]) | self._personal.views(live["v"]), _Gather({})
+        losses = self._backward(Step(weights, gradients, k, False), *seen)
+        g_y = _joined(gradients.found, self._shared, live["y"])
+        g_v = _joined(gradients.found, self._personal, live["v"])
         solver, lr_scale = self.work.solver, losses.new_tensor(part.lr_scale)
 
         def advance(one: State, loss: Tensor, g_y: Tensor, g_v: Tensor) -> State:
@@ -265,7 +269,7 @@ class Fused:
         if self._flat:
             torch.sub(part.begun["solver"]["y"], part.start, out=out)
             return
-        layout = self.work.split.layout
+        layout = self._shared
         places, sizes = torch.split(out, list(layout.sizes), 1), list(layout.sizes)
         for name, x, place in zip(layout.names, torch.split(part.start[0], sizes), places, strict=True):
             if name in part.late:
@@ -289,24 +293,53 @@ class Fused:
         solver = part.begun["solver"]
         if not self._flat:
             solver = {name: t for name, t in solver.items() if name != "y"}
-            solver["v"] = _joined(part.own, self.work.split.personal, solver["v"])
+            solver["v"] = _joined(part.own, self._personal, solver["v"])
         return part.begun | {"solver": solver, "done": part.done.to(part.start.device), "loss": part.losses}
 
-    def _backward(self, step: Step, batch: Batch, keys: Tensor) -> Tensor:
+    def _backward(self, step: Step, batch: Batch, keys: Tensor, places: Tensor) -> Tensor:
         """Forward and backward of k clients; the weights' gradients go to the sink -> losses [k]."""
         task, mask = self.work.task, batch["mask"]
         batch = task.cast(batch)
-        with torch.enable_grad(), task.randomness(keys):
-            output = self._program(batch["input"].flatten(0, 1), step)
+        with torch.enable_grad(), task.randomness(keys), self._kept(places):
+            output = self.program(batch["input"].flatten(0, 1), step)
             values = task.values(output, batch["target"].flatten(0, 1))
             share = mask.to(values.dtype)  # of each sample in its client's loss: none of padding
             share /= share.sum(1, keepdim=True).clamp_(min=1)
             torch.autograd.backward(values, share.flatten())
         return (values.detach().view_as(share) * share).sum(1)
 
+    def _kept(self, places: Tensor) -> AbstractContextManager[None]:
+        """What the pass of a batch runs under: the features of its samples, where there is a frozen prefix."""
+        return nullcontext() if self.prefix is None else self.prefix.given(places[:, 0], places[:, 1:])
 
-def build(work: Work, tolerance: float = 1e-4) -> Fused | str:
-    """The fast path for this work, or why it cannot be taken.
+    def look(self, bytes: int) -> None:
+        """Learn what autograd keeps of a sample, and keep what a frozen prefix makes of samples, in so many bytes."""
+        task, x0 = self.work.task, self.work.split.x0
+        n = min(2, int(task.train.sizes.max()))
+        fetched = task.train.fetch(task.train.sizes.argmax().reshape(1), torch.arange(n).unsqueeze(0))
+
+        def forward(batch: Batch) -> Any:
+            with task.randomness(torch.zeros(1, dtype=torch.int64, device=x0.device)):
+                return self.program(task.cast(batch)["input"], Step(self._base, _Gather({}), 1, True))
+
+        batch = {name: t[0] for name, t in fetched.items()}
+        self.saved = saved_bytes(lambda: forward(batch), task.model) // n
+        self.prefix = find(self.program, forward, batch, task.train, bytes)
+
+
+def _in_model(split: Split) -> tuple[Layout, Layout]:
+    """The layouts of y and v under the names that the model gives their tensors. Errors: `Refusal`."""
+    views = split.layout.views(split.x0), split.personal.views(split.v0)
+    joined = {id(tensor): name for name, tensor in split.join({}, *views).items()}
+    names = [[joined.pop(id(tensor), "") for tensor in view.values()] for view in views]
+    if joined or not all(itertools.chain(*names)):
+        raise Refusal("its partition joins more than views of the vectors")
+    shared, personal = names
+    return replace(split.layout, names=tuple(shared)), replace(split.personal, names=tuple(personal))
+
+
+def build(work: Work, bytes: int = 0, tolerance: float = 1e-4) -> Fused | str:
+    """The fast path for this work, or why it cannot be taken. bytes: of memory for what a frozen prefix makes.
 
     Two steps of two copies of the largest client are compared with client.py: y, v and the losses must agree to
     `tolerance` (norm-relative), else the path is refused.
@@ -314,6 +347,7 @@ def build(work: Work, tolerance: float = 1e-4) -> Fused | str:
     try:
         fused = Fused(work)
         _compare(work, fused, tolerance)
+        fused.look(bytes)
         return fused
     except Refusal as refusal:
         return str(refusal)
@@ -328,14 +362,16 @@ def _compare(work: Work, fused: Fused, tolerance: float) -> None:
     keys, scale = torch.arange(2, device=x0.device), torch.ones((), dtype=x0.dtype, device=x0.device)
     held: Any = {"x": x0}
 
-    def fetch(t: int, k: int) -> tuple[Batch, Tensor]:
-        batch = work.task.train.fetch(largest[:k], (index + t)[:k] % n)
+    def fetch(t: int, k: int) -> tuple[Batch, Tensor, Tensor]:
+        places = (index + t)[:k] % n
+        batch = work.task.train.fetch(largest[:k], places)
         mask = torch.tensor([[True, True], [True, t == 0]], device=keys.device)
-        return batch | {"mask": mask[:k]}, keys[:k] + t
+        return batch | {"mask": mask[:k]}, keys[:k] + t, torch.cat([largest[:k].unsqueeze(1), places], 1)
 
     one = work.newcomer()
     part = fused.begin(held, x0.expand(2, -1), tree_map(lambda t: t.expand(2, *t.shape), one), 1.0, 2)
     part = fused.advance(part, [1, 1], fetch)
+    fused.program.refuse_idle()
     fused.note_rows(part, 2)
     part = fused.advance(part, [1, 1], lambda t, k: fetch(t + 1, k))
     got, u = fused.record(part), x0.new_empty(2, len(x0))
@@ -343,7 +379,7 @@ def _compare(work: Work, fused: Fused, tolerance: float) -> None:
     for j in range(2):
         local = client.begin(work, x0, one)
         for t in range(2):
-            batch, step_keys = fetch(t, 2)
+            batch, step_keys, _ = fetch(t, 2)
             local = client.step(work, held, local, {name: b[j] for name, b in batch.items()}, step_keys[j], scale)
         moves = (client.drift(work, local), u[j]), (local["solver"]["v"] - one["v"], got["solver"]["v"][j] - one["v"])
         for want, have in moves:

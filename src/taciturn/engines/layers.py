@@ -289,18 +289,6 @@ class Attention:
         return (y if self.module.batch_first else y.transpose(0, 1)), None
 
 
-class Stacked(nn.Module):
-    """A known layer in the rewritten model (graph.py); its weights are those of the step."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = run
-
-    def forward(self, step: Step, *inputs: Tensor, **options: Any) -> Any:
-        """The layer for m clients."""
-        return self.run(step, *inputs, **options)
-
-
 def layer_of(module: nn.Module, name: str) -> Run | None:
     """How a module with weights runs for a block of clients; None for modules that are not known."""
     prefix = f"{name}." if name else ""

@@ -135,28 +135,36 @@ class Path:
     least: int = 1
     fused: Fused | None = field(default=None, repr=False, compare=False)
     rows: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    saved: int = field(default=0, repr=False, compare=False)
+    keep: int = field(default=0, repr=False, compare=False)
 
 
-def choose(name: str, work: Work, block: int | None) -> Path:
-    """The way to run: by the engine's name, the model's structure and its size. Errors: `UnknownName`."""
+def choose(name: str, work: Work, block: int | None, keep: int = 0) -> Path:
+    """The way to run: by the engine's name, the model's structure and its size. Errors: `UnknownName`.
+
+    keep: bytes for what frozen layers make of the samples (prefix.py).
+    """
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES, "engine")
     require(block is None or block >= 1, f"block: at least 1 client; got {block}")
     if name == "ray":
-        return replace(choose("stacked", work, block), name="ray")
+        return replace(choose("stacked", work, block, keep), name="ray")
     if name in ("sequential", "loopback"):
         return Path(name, SINGLE, 1, "asked for")
     reason = work.task.sequential_only or _probe(work)
     if reason:
         return Path("sequential", SINGLE, 1, reason)
-    fused = fused_or_reason(work)
+    fused = fused_or_reason(work, keep)
     d = max(1, work.split.layout.d + work.split.personal.d)
     most = min(50, LAYER_VALUES // d) if isinstance(fused, Fused) else min(64, BLOCK_VALUES // d)
     size = block or max(1, most)
     why = f"blocks of {size}, " + ("asked for" if block else "by the size of the model")
     if isinstance(fused, str):
         return Path("stacked", VMAP, size, f"{why}; not layer by layer: {fused}")
-    return Path("stacked", LAYERS, size, why, fused=fused, rows=fused.rows)
+    if fused.prefix is not None:
+        last = fused.prefix.layers[-1]
+        why += f"; up to {last} computed once, {fused.prefix.most} of {int(work.task.train.sizes.sum())} samples kept"
+    return Path("stacked", LAYERS, size, why, fused=fused, rows=fused.rows, saved=fused.saved, keep=keep)
 
 
 def _probe(work: Work) -> str:
@@ -179,8 +187,15 @@ def _probe(work: Work) -> str:
 def trainer(work: Work, sync: SyncRule, batch_size: int, key: Key, path: Path) -> Trainer:
     """The clients' half on a path that was chosen, here or on another machine. key: of the run."""
     lift = one if path.path == SINGLE else many
-    way = path.fused or (Fused(work, path.rows) if path.path == LAYERS else Plain(work, lift))
+    way = path.fused or (_elsewhere(work, path) if path.path == LAYERS else Plain(work, lift))
     return Trainer(work, sync, batch_size, random.fold(key, "client"), way, lift)
+
+
+def _elsewhere(work: Work, path: Path) -> Fused:
+    """The layer-by-layer way of a path that was chosen in another process."""
+    fused = Fused(work, path.rows, path.saved)
+    fused.look(path.keep)
+    return fused
 
 
 def sends_drift(work: Work) -> bool:
@@ -207,6 +222,7 @@ def build(
     block: int | None = None,
     workers: int | None = None,
     least: int | None = None,
+    keep: int = 0,
     lose: Lose | None = None,
     each: bool = False,
 ) -> tuple[LocalEngine, Path]:
@@ -215,10 +231,10 @@ def build(
     workers: processes that train, 1 unless given; for ray its actors, all CPUs of the cluster unless given. With more than
     one, and with ray, the engine must be closed (`engine.crew.close()`). least: blocks that a cohort is cut into at least,
     as many as workers unless given; it and `block` decide the bits. each: every client's update is looked at, so that sums
-    of them are not enough.
+    of them are not enough. keep: bytes, in each process, for features of frozen layers (prefix.py).
     """
     require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
-    path = choose(name, work, block)
+    path = choose(name, work, block, keep)
     keep_freed_memory()
     wired, lift, split = path.name == "loopback", one if path.path == SINGLE else many, work.split
     clients = ClientStore(len(work.task.train.sizes))

@@ -46,7 +46,7 @@ class Plain:
         step_if = self.lift(lambda a, r, s, k: client.step_if(a, work, part.held, r, s, k, part.lr_scale))
         for t in range(todo[0]):
             active = t < left
-            arguments = (local, *fetch(t, len(todo)))
+            arguments = (local, *fetch(t, len(todo))[:2])
             local = step(*arguments) if bool(active.all()) else step_if(active.to(part.lr_scale.device), *arguments)
         return replace(part, local=local)
 

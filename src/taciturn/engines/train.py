@@ -24,7 +24,7 @@ from taciturn.core.state import State, tree_map
 from taciturn.core.types import Batch, Clients, Payload, Record, SyncRule
 
 Lift = Callable[[Callable[..., Any]], Callable[..., Any]]
-Fetch = Callable[[int, int], tuple[Batch, Tensor]]  # step, k -> batches [k, b, ..] with mask, keys [k]
+Fetch = Callable[[int, int], tuple[Batch, Tensor, Tensor]]  # step, k -> batches [k, b, ..] with mask, keys [k], places
 CHUNK = 256  # samples of a client that are evaluated at once
 
 
@@ -250,11 +250,12 @@ class Trainer:
         index, mask = client.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
         step_keys = random.fold(keys.unsqueeze(1), first.unsqueeze(1) + torch.arange(n))
 
-        def fetch(t: int, k: int) -> tuple[Batch, Tensor]:
-            """Batches and keys of local step t of the first k clients."""
+        def fetch(t: int, k: int) -> tuple[Batch, Tensor, Tensor]:
+            """Batches and keys of local step t of the first k clients; and ids before sample numbers [k, 1 + b]."""
             now = step_keys[:k, t]
             batch = data.fetch(ids[:k], index[:k, t], now)
-            return batch | {"mask": mask[:k, t].to(device)}, now.to(device)
+            places = torch.cat([ids[:k].unsqueeze(1), index[:k, t]], 1)
+            return batch | {"mask": mask[:k, t].to(device)}, now.to(device), places
 
         part.value = self.way.advance(part.value, todo.tolist(), fetch)
         done[part.rows] += todo

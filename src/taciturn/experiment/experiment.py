@@ -32,6 +32,8 @@ class Experiment:
 
     engine: auto | sequential | loopback | stacked | ray. block: clients of a stacked block (None: by the model's size).
     workers: processes that train, on CPUs (None: one, or with ray all CPUs of the cluster); same blocks, same bits.
+    keep_gib: memory of each process for what frozen layers below the first trained one make of the training samples, which
+    is then computed once; the oldest make room (0: computed every time). Only where nothing is drawn there (dropout).
     evaluate_every: rounds between two evaluations of the leading metric, on the server's test set where there is one and
     nothing is personal, else on the clients' own held-out data. evaluate_clients_every: rounds between two evaluations of
     the clients' own data (0: at the end only; it costs traffic, counted apart). evaluate_on: which of their splits.
@@ -47,6 +49,7 @@ class Experiment:
     engine: str = "auto"
     block: int | None = None
     workers: int | None = None
+    keep_gib: float = 1.0
     device: str = "cpu"
     dtype: Literal["float32", "float64"] = "float32"
     evaluate_every: int = 1
@@ -60,6 +63,7 @@ class Experiment:
     def __post_init__(self) -> None:
         require(self.rounds >= 1, f"rounds: at least 1; got {self.rounds}")
         require(self.workers is None or self.workers >= 1, f"workers: at least 1 process; got {self.workers}")
+        require(self.keep_gib >= 0, f"keep_gib: at least 0; got {self.keep_gib}")
         require(self.evaluate_every >= 1, f"evaluate_every: at least 1 round; got {self.evaluate_every}")
         require(self.evaluate_clients_every >= 0, f"evaluate_clients_every: at least 0; got {self.evaluate_clients_every}")
         count = self.evaluate_count

@@ -73,10 +73,10 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     split = method.partition.split(task.model, task.tracked)
     work = Work(task, split, method.solver, method.codec)
     key = random.key(experiment.seed)
-    name, block, least = experiment.engine, experiment.block, None
+    name, block, least, keep = experiment.engine, experiment.block, None, int(experiment.keep_gib * 2**30)
     if header is not None:  # the path and the blocks were chosen when the run began
         name, block, least = (header["engine"].get(part) for part in ("name", "block", "least"))
-    engine, path = build(name, work, method, key, block=block, least=least, workers=experiment.workers, **faults)
+    engine, path = build(name, work, method, key, block=block, least=least, workers=experiment.workers, keep=keep, **faults)
     if header is not None and path.path != header["engine"]["path"]:
         raise RunError(
             f"the run began on the path {header['engine']['path']!r} and this machine takes {path.path!r} ({path.why}); "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taciturn.core.errors import DataError, require
+from taciturn.tasks.pretrained import encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,4 +97,4 @@ class temporal:
         return Temporal(sample.shape[1], self.channels, self.kernel, outputs)
 
 
-__all__ = ["cnn", "linear", "mlp", "temporal"]
+__all__ = ["cnn", "encoder", "linear", "mlp", "temporal"]

@@ -8,10 +8,14 @@ from taciturn.tasks.data.real import activity, air, heart, turbofan
 from taciturn.tasks.data.sources import digits, fashion, mnist5k
 from taciturn.tasks.data.splits import dirichlet, iid, shards
 from taciturn.tasks.data.synthetic import least_squares
+from taciturn.tasks.data.texts import banking, bbc, clinc, mrpc
 
 __all__ = [
     "activity",
     "air",
+    "banking",
+    "bbc",
+    "clinc",
     "digits",
     "dirichlet",
     "fashion",
@@ -20,6 +24,7 @@ __all__ = [
     "iid",
     "least_squares",
     "mnist5k",
+    "mrpc",
     "shards",
     "table",
     "turbofan",

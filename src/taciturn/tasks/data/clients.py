@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class TableClients:
     Errors: `DataError` naming the clients that have no sample.
     """
 
+    fixed: ClassVar[bool] = True  # a sample is the same whenever it is read
     names: tuple[str, ...]
     fields: dict[str, Tensor]
     rows: Tensor

