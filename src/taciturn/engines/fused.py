@@ -10,7 +10,6 @@ affine step y <- y - lr (g + mu (y - x)).
 
 from __future__ import annotations
 
-import itertools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,12 +21,12 @@ from torch.optim.adamw import adamw as adamw_kernel
 from taciturn import client
 from taciturn.client import Work
 from taciturn.core.state import State, flatten, tree_map, unflatten
-from taciturn.core.types import Batch, Split
+from taciturn.core.types import Batch
 from taciturn.core.vector import Layout
 from taciturn.engines.late import Late
-from taciturn.engines.layers import Step, Weights, linear_weights
+from taciturn.engines.layers import Step, Weights
 from taciturn.engines.prefix import Prefix, find, saved_bytes
-from taciturn.engines.swap import Program, Refusal
+from taciturn.engines.swap import Program, Refusal, in_model
 from taciturn.engines.train import Fetch
 from taciturn.solvers import adamw
 
@@ -52,6 +51,9 @@ class _Apply:
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """W <- (1 - lr mu) W + lr mu x - lr left @ right."""
         w = self.own[name]
+        if self.first:
+            torch.baddbmm(self.base[name].flatten(1).expand_as(w.flatten(2)), left, right, alpha=-self.lr, out=w.flatten(2))
+            return
         w.flatten(2).baddbmm_(left, right, beta=self._shrink(name), alpha=-self.lr)
         self._pull(name, w)
 
@@ -126,14 +128,14 @@ class Fused:
         if not task.plain:
             raise Refusal("it is called by a forward of your own")
         self.work = work
-        self._shared, self._personal = _in_model(split)
+        self._shared, self._personal = in_model(split)
         names = frozenset(self._shared.names + self._personal.names)
         self._affine = work.solver.affine()
         self._adam = work.solver if isinstance(work.solver, adamw) and work.solver.clip is None else None
         self._flat = self._affine is None and self._adam is None
         self.program = Program(task.model, names)
         self._base = self._shared.views(split.x0)
-        known = linear_weights(task.model) & set(self._shared.names)
+        known = self.program.linear & set(self._shared.names)
         self.rows = rows or dict.fromkeys(sorted(known), 1)  # of each linear layer, for a sample
         self.saved = saved
         self.prefix: Prefix | None = None
@@ -320,22 +322,12 @@ class Fused:
 
         def forward(batch: Batch) -> Any:
             with task.randomness(torch.zeros(1, dtype=torch.int64, device=x0.device)):
-                return self.program(task.cast(batch)["input"], Step(self._base, _Gather({}), 1, True))
+                return self.program(task.cast(batch)["input"], Step(weights, _Gather({}), 1, True))
 
+        weights = self._base | self._personal.views(self.work.split.v0)
         batch = {name: t[0] for name, t in fetched.items()}
         self.saved = saved_bytes(lambda: forward(batch), task.model) // n
         self.prefix = find(self.program, forward, batch, task.train, bytes)
-
-
-def _in_model(split: Split) -> tuple[Layout, Layout]:
-    """The layouts of y and v under the names that the model gives their tensors. Errors: `Refusal`."""
-    views = split.layout.views(split.x0), split.personal.views(split.v0)
-    joined = {id(tensor): name for name, tensor in split.join({}, *views).items()}
-    names = [[joined.pop(id(tensor), "") for tensor in view.values()] for view in views]
-    if joined or not all(itertools.chain(*names)):
-        raise Refusal("its partition joins more than views of the vectors")
-    shared, personal = names
-    return replace(split.layout, names=tuple(shared)), replace(split.personal, names=tuple(personal))
 
 
 def build(work: Work, bytes: int = 0, tolerance: float = 1e-4) -> Fused | str:

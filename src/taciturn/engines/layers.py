@@ -94,16 +94,11 @@ def call(layer: Layer, step: Step, x: Tensor) -> Tensor:
     return output
 
 
-def linear_weights(model: nn.Module) -> set[str]:
-    """Names of the weights that `Linear` applies, among modules that `layer_of` knows."""
-    found = set()
-    for name, module in model.named_modules():
-        run = layer_of(module, name)
-        if isinstance(run, Attention):
-            found |= {run.inner.weight, run.outer.weight}
-        elif isinstance(run, partial) and isinstance(run.args[0], Linear):
-            found.add(run.args[0].weight)
-    return found
+def linear_weights(run: Run) -> set[str]:
+    """Names of the weights that `Linear` applies in a known layer."""
+    if isinstance(run, Attention):
+        return {run.inner.weight, run.outer.weight}
+    return {run.args[0].weight} if isinstance(run, partial) and isinstance(run.args[0], Linear) else set()
 
 
 @dataclass(frozen=True)
@@ -144,6 +139,46 @@ class Linear:
         if self.bias is not None:
             step.sink.add(self.bias, grads.sum(1))
         return dx
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """y = x W0' + c0 + s (x A') B', W0 [o, i] and c0 frozen and the same for all; A [r, i], B [o, r] each client's own.
+
+    Source of the update: dB = s g' (x A'), dA = (s g B)' x.
+    """
+
+    base: nn.Linear
+    left: str
+    right: str
+    scale: float
+
+    def forward(self, step: Step, x: Tensor) -> Tensor:
+        """One product for all with W0, and thin ones a client, added in place."""
+        y = F.linear(x, self.base.weight, self.base.bias)
+        b = self._each(step, self.left)
+        y.view(step.m, -1, y.shape[-1]).baddbmm_(self._inner(step, x), b.mT, alpha=self.scale)
+        return y
+
+    def backward(self, step: Step, x: Tensor, g: Tensor, needs_x: bool) -> Tensor | None:
+        """dx = g W0 + s (g B) A, then the factors."""
+        rows = g.reshape(step.m, -1, g.shape[-1])
+        inner = torch.bmm(rows, self._each(step, self.left)).mul_(self.scale)
+        dx = None
+        if needs_x:
+            dx = (g.reshape(-1, g.shape[-1]) @ self.base.weight).view(x.shape)
+            dx.view(step.m, -1, x.shape[-1]).baddbmm_(inner, self._each(step, self.right))
+        step.sink.product(self.left, rows.mT, self._inner(step, x).mul_(self.scale))
+        step.sink.product(self.right, inner.mT, x.reshape(step.m, -1, x.shape[-1]))
+        return dx
+
+    def _each(self, step: Step, name: str) -> Tensor:
+        w = step.weights[name]
+        return w.expand(step.m, *w.shape) if step.shared else w
+
+    def _inner(self, step: Step, x: Tensor) -> Tensor:
+        """x A' [m, b, r]."""
+        return torch.bmm(x.reshape(step.m, -1, x.shape[-1]), self._each(step, self.right).mT)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -320,3 +355,20 @@ def layer_of(module: nn.Module, name: str) -> Run | None:
         inner, outer = (b and prefix + b for b in biases)
         return Attention(module, Linear(f"{prefix}in_proj_weight", inner), Linear(f"{prefix}out_proj.weight", outer))
     return None
+
+
+def adapter_of(module: nn.Module, name: str) -> tuple[Run, frozenset[str]] | None:
+    """How a linear layer with one low-rank adapter (as peft makes it) runs, and what is trained of it; None for others."""
+    base, factors = getattr(module, "base_layer", None), getattr(module, "lora_A", None)
+    active: Any = getattr(module, "active_adapters", ())
+    if type(base) is not nn.Linear or not factors or len(active) != 1 or getattr(module, "merged", False):
+        return None
+    key = active[0]
+    parts: Any = module
+    a, b, dropout = parts.lora_A[key], parts.lora_B[key], parts.lora_dropout[key]
+    plain = type(a) is type(b) is nn.Linear and a.bias is None and b.bias is None and type(dropout) is nn.Identity
+    free = not base.weight.requires_grad and a.weight.requires_grad and b.weight.requires_grad
+    if not plain or not free or any(getattr(module, "use_dora", {}).values()):
+        return None
+    left, right = (f"{name}.{side}.{key}.weight" for side in ("lora_B", "lora_A"))
+    return partial(call, Adapter(base, left, right, float(parts.scaling[key]))), frozenset((left, right))

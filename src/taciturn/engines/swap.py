@@ -12,12 +12,16 @@ called twice or never, hooks.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from taciturn.engines.layers import Run, Step, layer_of
+from taciturn.core.types import Split
+from taciturn.core.vector import Layout
+from taciturn.engines.layers import Run, Step, adapter_of, layer_of, linear_weights
 
 
 class Refusal(Exception):
@@ -46,7 +50,8 @@ class StandIn(nn.Module):
 class Program:
     """x [m b, ..], step -> the model's output, with each client's own weights. trainable: names. Errors: `Refusal`.
 
-    stacked: names of the layers with each client's own weights; called: those that the last pass has called.
+    stacked: names of the layers with each client's own weights; called: those that the last pass has called; linear: names
+    of the weights that are multiplied with rows.
     """
 
     step: Step
@@ -56,16 +61,16 @@ class Program:
         tensors = [*model.parameters(), *model.buffers()]
         self.model = copy.deepcopy(model, {id(t): t for t in tensors})
         self.stacked: set[str] = set()
+        self.linear: set[str] = set()
         self.called: set[str] = set()
         seen: set[str] = set()
-        for name, module in list(_outermost(self.model, trainable)):
-            run = layer_of(module, name)
-            assert run is not None
-            names = set(_owned(module, name))
+        for name, module, (run, names) in list(_outermost(self.model, trainable)):
             if not names <= trainable:
                 raise Refusal(f"{name} is partly frozen")
-            self.put(name, StandIn(module, self._layer(name, run)))
+            shown = copy.deepcopy(module).to("meta")  # who reads its weights from outside gets no values of them
+            self.put(name, StandIn(shown, self._layer(name, run)))
             self.stacked.add(name)
+            self.linear |= linear_weights(run)
             seen |= names
         if seen != trainable:
             name = min(trainable - seen)
@@ -101,19 +106,33 @@ class Program:
             raise Refusal(f"{name} is called 0 times")
 
 
-def _owned(module: nn.Module, name: str) -> Iterator[str]:
-    """Names in the model of all parameters of a module."""
-    return (f"{name}.{own}" if name else own for own, _ in module.named_parameters())
+def in_model(split: Split) -> tuple[Layout, Layout]:
+    """The layouts of y and v under the names that the model gives their tensors. Errors: `Refusal`."""
+    views = split.layout.views(split.x0), split.personal.views(split.v0)
+    joined = {id(tensor): name for name, tensor in split.join({}, *views).items()}
+    names = [[joined.pop(id(tensor), "") for tensor in view.values()] for view in views]
+    if joined or not all(itertools.chain(*names)):
+        raise Refusal("its partition joins more than views of the vectors")
+    shared, personal = names
+    return replace(split.layout, names=tuple(shared)), replace(split.personal, names=tuple(personal))
 
 
-def _outermost(model: nn.Module, trainable: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+def _known(module: nn.Module, name: str) -> tuple[Run, frozenset[str]] | None:
+    """How a module runs for a block of clients, and the names in the model of what is trained of it."""
+    run = layer_of(module, name)
+    names = (f"{name}.{own}" if name else own for own, _ in module.named_parameters())
+    return adapter_of(module, name) if run is None else (run, frozenset(names))
+
+
+def _outermost(model: nn.Module, trainable: frozenset[str]) -> Iterator[tuple[str, nn.Module, tuple[Run, frozenset[str]]]]:
     """Known layers with trained weights, none inside another."""
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}." if outer else "") for outer in found)
-        if not inside and layer_of(module, name) is not None and not trainable.isdisjoint(_owned(module, name)):
+        known = None if inside else _known(module, name)
+        if known is not None and not trainable.isdisjoint(known[1]):
             found.append(name)
-            yield name, module
+            yield name, module, known
 
 
 def _refuse_odd_weights(model: nn.Module, trainable: frozenset[str]) -> None:

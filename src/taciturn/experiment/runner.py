@@ -25,9 +25,10 @@ from taciturn.client import Work
 from taciturn.core import random
 from taciturn.core.errors import AllClientsFailed, ConfigError, DataError, RunError
 from taciturn.core.state import State, tree_map
-from taciturn.core.types import Cast, Payload
+from taciturn.core.types import Cast
 from taciturn.engines import LocalEngine, build
 from taciturn.engines.modes import Path as EnginePath
+from taciturn.experiment.central import Central
 from taciturn.experiment.config import to_table, to_toml
 from taciturn.experiment.experiment import Callback, Experiment
 from taciturn.experiment.record import FORMAT, RunFolder
@@ -57,6 +58,7 @@ class _Run:
     path: EnginePath
     key: Tensor
     server: ServerState
+    central: Central | None
     history: list[dict[str, Any]]
     seconds: float = 0.0
 
@@ -82,7 +84,8 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
             f"the run began on the path {header['engine']['path']!r} and this machine takes {path.path!r} ({path.why}); "
             f"resume it with torch {header['versions']['torch']}, or start anew"
         )
-    run = _Run(experiment, task, work, engine, path, key, start(split.x0, task.train.sizes, method), [])
+    central = None if task.data.central is None else Central(task, work, task.data.central, keep)
+    run = _Run(experiment, task, work, engine, path, key, start(split.x0, task.train.sizes, method), central, [])
     if run.from_clients:
         _evaluated_ids(run)  # an error now is better than one after training
     return run
@@ -247,22 +250,6 @@ def _evaluate_clients(run: _Run) -> tuple[dict[str, float], dict[str, Any]]:
     return run.task.pool({name: float(value.to(torch.float64).sum()) for name, value in sums.items()}), spread
 
 
-def _evaluate_central(run: _Run) -> dict[str, float]:
-    """Metrics of the server's model on the server's test set."""
-    central, split = run.task.data.central, run.work.split
-    assert central is not None
-    x = run.server.model
-    params = run.work.params({"x": x}, split.layout.views(x), split.personal.views(split.v0), split.buffers.views(split.b0))
-    zero = torch.zeros(1, dtype=torch.int64)
-    total: dict[str, float] = {}
-    for part in torch.split(torch.arange(int(central.sizes[0])), 1024):
-        batch: Payload = {name: t[0] for name, t in central.fetch(zero, part.unsqueeze(0)).items()}
-        batch["mask"] = torch.ones(len(part), dtype=torch.bool, device=x.device)
-        for name, value in run.task.measure(params, batch).items():
-            total[name] = total.get(name, 0.0) + float(value)
-    return run.task.pool(total)
-
-
 def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
     """Evaluate where it is due; -> the round's line of the record."""
     experiment, names = run.experiment, run.task.train.names
@@ -273,7 +260,8 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
     if (due and run.from_clients) or (held_out and (last or (every and done % every == 0))):
         metrics, spread = _evaluate_clients(run)
     if due and not run.from_clients:
-        metrics = _evaluate_central(run)
+        assert run.central is not None
+        metrics = run.central(run.server.model)
     traffic = run.engine.post.ledger.close_round()
     evaluation = sum(e["payload"] + e["frame"] for k, e in traffic["by_kind"].items() if k.endswith("/evaluate"))
     before = run.history[-1] if run.history else {"bytes_up": 0, "bytes_down": 0, "bytes_evaluate": 0}

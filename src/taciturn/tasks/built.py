@@ -193,12 +193,15 @@ class BuiltTask:
     def measure(self, params: Record, batch: Batch) -> dict[str, Tensor]:
         """Sums [] over the samples that are not padding: "count", "loss" and each metric."""
         with torch.no_grad():
-            batch = self.program.cast(batch)
-            output, target, mask = self.program.output(self.evaluated, params, batch), batch["target"], batch["mask"]
-            values = {"loss": self.program.per_sample(output, target)}
-            values |= {metric.name: metric.values(output, target) for metric in self.metrics}
-            sums = {name: torch.where(mask, value, 0.0).sum() for name, value in values.items()}
-            return {"count": mask.sum().to(torch.float32)} | sums
+            return self.sums(self.program.output(self.evaluated, params, self.program.cast(batch)), batch)
+
+    def sums(self, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """The same of an output of the model in evaluation mode."""
+        target, mask = self.program.cast(batch)["target"], batch["mask"]
+        values = {"loss": self.program.per_sample(output, target)}
+        values |= {metric.name: metric.values(output, target) for metric in self.metrics}
+        sums = {name: torch.where(mask, value, 0.0).sum() for name, value in values.items()}
+        return {"count": mask.sum().to(torch.float32)} | sums
 
     def pool(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Sums -> means, finished: {"accuracy": .., "loss": ..}."""

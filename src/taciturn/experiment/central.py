@@ -1,0 +1,44 @@
+"""The server's model on the server's test set. Symbols: x [d]; S test samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taciturn.client import Work
+from taciturn.core.types import Batch, Clients
+from taciturn.core.vector import Vector
+from taciturn.engines.frozen import Evaluated
+from taciturn.tasks.built import BuiltTask
+
+AT_ONCE = 1024  # samples
+_SERVER = torch.zeros(1, dtype=torch.int64)
+
+
+class Central:
+    """Metrics of x on the test set; what frozen layers make of the samples is computed once, in at most `keep` bytes."""
+
+    def __init__(self, task: BuiltTask, work: Work, data: Clients, keep: int) -> None:
+        self._task, self._work, self._data = task, work, data
+        self._frozen = Evaluated.build(work, task.evaluated, data, keep)
+
+    def __call__(self, x: Vector) -> dict[str, float]:
+        """-> {"accuracy": .., "loss": ..}."""
+        split = self._work.split
+        views = split.layout.views(x), split.personal.views(split.v0), split.buffers.views(split.b0)
+        params = self._work.params({"x": x}, *views)
+        total: dict[str, float] = {}
+        for index in torch.split(torch.arange(int(self._data.sizes[0])), AT_ONCE):
+            batch: Batch = {name: t[0] for name, t in self._data.fetch(_SERVER, index.unsqueeze(0)).items()}
+            batch["mask"] = torch.ones(len(index), dtype=torch.bool, device=x.device)
+            for name, value in self._measure(params, batch, index).items():
+                total[name] = total.get(name, 0.0) + float(value)
+        return self._task.pool(total)
+
+    def _measure(self, params: dict[str, Tensor], batch: Batch, index: Tensor) -> dict[str, Any]:
+        if self._frozen is None:
+            return self._task.measure(params, batch)
+        with torch.no_grad():
+            return self._task.sums(self._frozen(params, batch, index), batch)
