@@ -1,0 +1,247 @@
+"""Operators on LoRA factors compared: accuracy, bytes, mismatch; and what the decomposition of one layer costs.
+
+Two tasks (`bench.lora_tasks`), ten clients, plain SGD. The grid is fractional: ranks 1 to 16 at 20 local steps, local steps
+1 to 50 at rank 4, both with two classes a client; the four operators of the ablation (factor_mean, factor_mean_rebalanced,
+product_svd, tangent) also with Dirichlet(0.5) labels at fewer places. The other operators at fewer places yet.
+Step size: for each cell, by steps of 2 from a start value downhill in the training loss until the best lies inside what was
+tried, with one seed; then the best and its half with a second seed, and the smaller mean. Neither is among the five that
+are reported. A run falls apart if no client returns a finite update, or the loss is not finite; it counts as chance.
+Full runs keep finished cells in build/lora_cells.jsonl and go on from there with --resume.
+Milliseconds are CPU time on one thread, the median of repeats, of factors near each other (B_i = B + noise).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.common import finish, mean_spread, parser
+from bench.lora_tasks import OPERATORS, SKEWS, TASKS, TOLD, Cell, base_accuracy, outcome, train_loss
+from taciturn.aggregation import factors
+from taciturn.core import random
+
+KEPT = Path(__file__).parents[1] / "build" / "lora_cells.jsonl"
+ROUNDS = {1: 48, 5: 24, 20: 12, 50: 6}  # by local steps
+QUICK_ROUNDS = {1: 16, 20: 8}
+ABLATION = ("factor_mean", "factor_mean_rebalanced", "product_svd", "tangent")
+WIDE = tuple([(r, 20) for r in (4, 1, 16, 2, 8)] + [(4, e) for e in (50, 1, 5)])  # (rank, local steps), the middle first
+NARROW = ((4, 20), (1, 20), (16, 20), (4, 50), (4, 1))
+ONCE = ("product_svd, aligned",)  # the same run as without, under plain SGD: checked at one place
+START, TRIES, TUNING, CHANCE = {1: 0.8, 5: 0.4, 20: 0.2, 50: 0.1}, 14, (1000, 1001), 0.1
+
+
+def grid(quick: bool) -> Iterator[Cell]:
+    """The cells, the important ones first."""
+    strong, mild = SKEWS
+    if quick:
+        for task, (rank, steps), name in ((t, p, o) for t in TASKS for p in ((4, 20), (4, 1), (1, 20)) for o in OPERATORS):
+            if name not in ONCE or (rank, steps) == (4, 20):
+                yield Cell(name, task, strong, rank, steps, QUICK_ROUNDS[steps])
+        return
+    for place in WIDE:
+        for task in TASKS:
+            for name in OPERATORS:
+                if name in ABLATION or (name in ONCE and place == WIDE[0]) or (name not in ONCE and place in NARROW):
+                    yield Cell(name, task, strong, *place, ROUNDS[place[1]])
+    for place in NARROW:
+        yield from (Cell(name, task, mild, *place, ROUNDS[place[1]]) for task in TASKS for name in ABLATION)
+
+
+def tuned(cell: Cell) -> tuple[float | None, dict[str, float | None]]:
+    """-> the step size, None if every one fell apart; and the training losses that were seen."""
+    first, second = TUNING
+    at = {0: train_loss(cell, START[cell.steps], first)}
+    while len(at) < TRIES:
+        best = min(at, key=lambda power: (at[power], power))
+        todo = [power for power in (best + 1, best - 1) if power not in at]
+        if not todo:
+            break
+        if math.isinf(at[best]):  # all too large: down
+            todo = [min(at) - 1]
+        at[todo[0]] = train_loss(cell, START[cell.steps] * 2.0 ** todo[0], first)
+    found = {power: value for power, value in at.items() if math.isfinite(value)}
+    told = {f"{START[cell.steps] * 2.0**power:.4g}": found.get(power) for power in sorted(at)}
+    if not found:
+        return None, told
+    best = min(found, key=lambda power: found[power])
+    both = {p: found.get(p, math.inf) + train_loss(cell, START[cell.steps] * 2.0**p, second) for p in (best - 1, best)}
+    best = min(both, key=lambda power: (both[power], power))
+    return START[cell.steps] * 2.0**best, told
+
+
+def run_cell(job: tuple[Cell, int]) -> dict[str, Any]:
+    """Tune, then the reported seeds."""
+    torch.set_num_threads(1)
+    (cell, seeds), began = job, time.process_time()
+    lr, tried = tuned(cell)
+    runs = [outcome(cell, lr, seed) for seed in range(seeds)] if lr is not None else [{"diverged": "any step size"}] * seeds
+    return asdict(cell) | {"lr": lr, "tried": tried, "runs": runs, "cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def measured(cells: list[Cell], seeds: int, processes: int, kept: Path | None, resume: bool) -> list[dict[str, Any]]:
+    """All cells, in the order of the grid; finished ones are appended to `kept`."""
+    done: dict[Cell, dict[str, Any]] = {}
+    if kept is not None and resume and kept.exists():
+        for line in kept.read_text().splitlines():
+            row = json.loads(line)
+            done[Cell(**{name: row[name] for name in Cell.__dataclass_fields__})] = row
+    elif kept is not None:
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text("")
+    todo = [cell for cell in cells if cell not in done]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for cell, row in zip(todo, pool.map(run_cell, [(cell, seeds) for cell in todo]), strict=True):
+            done[cell] = row
+            if kept is not None:
+                with kept.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    return [done[cell] for cell in cells]
+
+
+# ------------------------------------------------------------------------------------------------------------- summaries
+
+
+def summed(row: dict[str, Any]) -> dict[str, Any]:
+    """A cell's runs as means and spreads over seeds; a run that fell apart counts as chance."""
+    good = [run for run in row["runs"] if "diverged" not in run]
+    out = {name: row[name] for name in (*Cell.__dataclass_fields__, "lr", "tried", "cpu_seconds")}
+    out |= {"diverged": len(row["runs"]) - len(good), "bytes": good[0]["bytes"] if good else None}
+    out |= {name: mean_spread([run.get(name, CHANCE) for run in row["runs"]]) for name in ("final", "best")}
+    for when in ("end", "mean"):
+        told = [run[when] for run in good if when in run]
+        out[when] = {name: fmean(one[name] for one in told) for name in TOLD} if told else None
+    return out | {"seeds": [run.get("final") for run in row["runs"]]}
+
+
+def error(row: dict[str, Any]) -> float:
+    """1 - final accuracy, mean over seeds."""
+    return float(1 - row["final"]["mean"])
+
+
+def ratio(rows: list[dict[str, Any]], name: str, other: str, where: Any = lambda row: True) -> float | None:
+    """Geometric mean over places of error of one operator / error of another."""
+    table = {(row["operator"], *_place(row)): error(row) for row in rows if where(row)}
+    logs = [
+        math.log(e / table[other, *at])
+        for (operator, *at), e in table.items()
+        if operator == name and (other, *at) in table
+    ]
+    return math.exp(fmean(logs)) if logs else None
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["skew"], row["rank"], row["steps"]
+
+
+def predictors(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Spearman's correlation of the error with each diagnostic (mean over rounds), both against their mean in the place.
+
+    Among the operators of the ablation, in logarithms; cells in which a run fell apart are left out.
+    """
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["operator"] in ABLATION and row["mean"] and not row["diverged"]:
+            places.setdefault(_place(row), []).append(row)
+    groups = [group for group in places.values() if len(group) > 1]
+
+    def against_mean(value: Any) -> torch.Tensor:
+        logs = [torch.tensor([math.log(max(value(row), 1e-9)) for row in group]) for group in groups]
+        return torch.cat([part - part.mean() for part in logs]).argsort().argsort().double()
+
+    if not groups:
+        return {}
+    errors = against_mean(error)
+    return {
+        name: round(float(torch.corrcoef(torch.stack([errors, against_mean(lambda row, n=name: row["mean"][n])]))[0, 1]), 3)
+        for name in TOLD
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One table a task and skew."""
+    for title in dict.fromkeys((row["task"], row["skew"]) for row in rows):
+        heads = ("rank", "steps", "operator", "final", "best", "fell apart", "kB", "lr")
+        table = Table(*heads, "product", "gauge", "truncation", "imbalance", title=", ".join(title))
+        for row in sorted((r for r in rows if (r["task"], r["skew"]) == title), key=lambda r: (r["steps"], r["rank"])):
+            cells = [f"{row[n]['mean']:.3f} ± {row[n]['spread']:.3f}" for n in ("final", "best")]
+            cells += [str(row["diverged"] or ""), f"{(row['bytes'] or 0) / 1e3:.0f}", f"{row['lr'] or 0:.3g}"]
+            end = row["end"] or {}
+            cells += [f"{end[n]:.2g}" if end else "-" for n in ("product", "gauge", "truncation", "imbalance")]
+            table.add_row(str(row["rank"]), str(row["steps"]), row["operator"], *cells)
+        Console(width=150).print(table)
+
+
+# ----------------------------------------------------------------------------------------------------------------- costs
+
+
+def _near(size: int, clients: int, rank: int = 8) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    key = random.key(0)
+    b, a = (random.normal(random.fold(key, n), size, rank) for n in ("b", "a"))
+    noise = [[0.2 * random.normal(random.fold(key, n, i), size, rank) for n in ("b", "a")] for i in range(clients)]
+    return [(b + left, (a + right).mT.contiguous()) for left, right in noise], torch.full((clients,), 1 / clients)
+
+
+def milliseconds(run: Any, repeats: int) -> float:
+    """CPU time."""
+    took = []
+    for _ in range(repeats):
+        began = time.process_time()
+        run()
+        took.append(1e3 * (time.process_time() - began))
+    return median(took)
+
+
+def costs() -> dict[str, float]:
+    """product_svd with its default backend, and forming the product and its SVD instead, r = 8."""
+    torch.set_num_threads(1)
+    small, large, key = _near(768, 10), _near(4096, 50), random.key(1)
+    x, y = factors.stacked(*small)
+
+    def dense() -> None:
+        torch.linalg.svd(x @ y, full_matrices=False)
+
+    factors.product_svd(*small, key)
+    out = {
+        "ms_768_10": milliseconds(lambda: factors.product_svd(*small, key), 15),
+        "ms_4096_50": milliseconds(lambda: factors.product_svd(*large, key), 7),
+        "ms_dense_768_10": milliseconds(dense, 5),
+    }
+    return out | {"svd_vs_dense_speedup_768_10": out["ms_dense_768_10"] / out["ms_768_10"]}
+
+
+def main() -> None:
+    """Measure, run, print."""
+    options = parser(__doc__)
+    options.add_argument("--resume", action="store_true", help="keep the finished cells of a full run that was stopped")
+    options.add_argument("--processes", type=int, default=2)
+    asked = options.parse_args()
+    seeds, spent = (2 if asked.quick else 5), costs()
+    cells = list(grid(asked.quick))
+    rows = [summed(row) for row in measured(cells, seeds, asked.processes, None if asked.quick else KEPT, asked.resume)]
+    show(rows)
+    shared = [name for name, operator in OPERATORS.items() if not operator.personal]
+    against = {name: ratio(rows, name, "factor_mean") for name in shared}
+    known = {name: value for name, value in against.items() if value is not None and name not in ONCE}
+    n = {"tasks": len(TASKS), "seeds": seeds, "rounds": QUICK_ROUNDS if asked.quick else ROUNDS, "cells": len(rows)}
+    figures = {
+        "operators": len(OPERATORS), "best": min(known, key=lambda name: known[name]),
+        "tangent_vs_factor_mean": against["tangent"], **spent, "n": n, "error_vs_factor_mean": against,
+        "predictors": predictors(rows), "base_accuracy": base_accuracy(seeds),
+    }  # fmt: skip
+    finish("lora", figures | ({} if asked.quick else {"rows": rows}), asked.quick)
+
+
+if __name__ == "__main__":
+    main()
