@@ -86,9 +86,14 @@ class Cell:
 
 
 @cache
+def _divided(skew: str, seed: int) -> Federation:
+    return data.mnist5k(clients=CLIENTS, split=SKEWS[skew], central=0.2, test=0.2).load(seed)
+
+
+@cache
 def _federation(task: str, skew: str, seed: int, learnt: bool) -> Federation:
     """learnt: the server's test set is what the clients learn from, pooled, for the training loss."""
-    found = data.mnist5k(clients=CLIENTS, split=SKEWS[skew], central=0.2, test=0.2).load(seed)
+    found = _divided(skew, seed)
     assert isinstance(found.train, TableClients)
     images = found.train.fields["input"]
     small = F.avg_pool2d(images[..., 4:24, 4:24] if task == "pretrained" else images, 2)
