@@ -138,9 +138,15 @@ def _figure(groups: Sequence[Method], shown: Shown) -> Figure:
         return Figure(shown.key, shown.title, "No run recorded it.", None)
     x = {"title": {"text": "communication round"}}
     y: dict[str, Any] = {"title": {"text": shown.axis}}
-    y |= {"type": "log", "exponentformat": "power", "nticks": 6} if shown.logarithmic else {"rangemode": "tozero"}
+    y |= _logarithmic(traces) if shown.logarithmic else {"rangemode": "tozero"}
     names = [str(trace.name) for trace in traces if trace.showlegend]
     return Figure(shown.key, shown.title, shown.reading, go.Figure(traces, layout(x, y, names, height=HEIGHT)))
+
+
+def _logarithmic(traces: Sequence[Any]) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 times powers of ten, or at powers only where they would crowd."""
+    values = [value for trace in traces for value in trace.y]
+    return {"type": "log", "exponentformat": "power", "dtick": "D2" if max(values) < 300 * min(values) else None}
 
 
 def _lines(found: Told, name: str, color: str, dash: str, group: str) -> list[Any]:
