@@ -120,26 +120,49 @@ def summed(row: dict[str, Any]) -> dict[str, Any]:
     out = {name: row[name] for name in (*Cell.__dataclass_fields__, "lr", "tried", "cpu_seconds")}
     out |= {"diverged": len(row["runs"]) - len(good), "bytes": good[0]["bytes"] if good else None}
     out |= {name: mean_spread([run.get(name, CHANCE) for run in row["runs"]]) for name in ("final", "best")}
+    curves = [run["curve"] for run in good]
+    out["half"] = mean_spread([curve[len(curve) // 2 - 1] for curve in curves]) if curves else None
     for when in ("end", "mean"):
         told = [run[when] for run in good if when in run]
         out[when] = {name: fmean(one[name] for one in told) for name in TOLD} if told else None
     return out | {"seeds": [run.get("final") for run in row["runs"]]}
 
 
-def error(row: dict[str, Any]) -> float:
-    """1 - final accuracy, mean over seeds."""
-    return float(1 - row["final"]["mean"])
+def error(row: dict[str, Any], seed: int | None = None) -> float:
+    """1 - final accuracy, of a seed or the mean over seeds."""
+    if seed is None:
+        return float(1 - row["final"]["mean"])
+    value = row["seeds"][seed]
+    return 1 - (CHANCE if value is None else float(value))
 
 
-def ratio(rows: list[dict[str, Any]], name: str, other: str, where: Any = lambda row: True) -> float | None:
-    """Geometric mean over places of error of one operator / error of another."""
-    table = {(row["operator"], *_place(row)): error(row) for row in rows if where(row)}
-    logs = [
-        math.log(e / table[other, *at])
-        for (operator, *at), e in table.items()
-        if operator == name and (other, *at) in table
+def ratio(rows: list[dict[str, Any]], name: str, other: str = "factor_mean") -> dict[str, float] | None:
+    """Geometric mean over places of error of one operator / error of another; least and greatest of single seeds."""
+    places = {(row["operator"], *_place(row)): row for row in rows}
+    pairs = [
+        (row, places[other, *at]) for (operator, *at), row in places.items() if operator == name and (other, *at) in places
     ]
-    return math.exp(fmean(logs)) if logs else None
+    if not pairs:
+        return None
+
+    def mean(seed: int | None) -> float:
+        return math.exp(fmean(math.log(max(1e-3, error(a, seed)) / max(1e-3, error(b, seed))) for a, b in pairs))
+
+    single = [mean(seed) for seed in range(len(pairs[0][0]["seeds"]))]
+    return {"mean": mean(None), "low": min(single), "high": max(single), "places": len(pairs)}
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The places by task, by skew, and, with two classes a client, by local steps at rank 4 and by rank at 20 steps."""
+    strong, mild = SKEWS
+    found = {"all": rows} | {task: [row for row in rows if row["task"] == task] for task in TASKS}
+    found |= {skew: [row for row in rows if row["skew"] == skew] for skew in (strong, mild)}
+    hard = [row for row in rows if row["skew"] == strong]
+    for steps in ROUNDS:
+        found[f"{steps} steps, rank 4"] = [row for row in hard if (row["rank"], row["steps"]) == (4, steps)]
+    for rank in (1, 2, 4, 8, 16):
+        found[f"rank {rank}, 20 steps"] = [row for row in hard if (row["rank"], row["steps"]) == (rank, 20)]
+    return {name: part for name, part in found.items() if part}
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -182,6 +205,14 @@ def show(rows: list[dict[str, Any]]) -> None:
             cells += [f"{end[n]:.2g}" if end else "-" for n in ("product", "gauge", "truncation", "imbalance")]
             table.add_row(str(row["rank"]), str(row["steps"]), row["operator"], *cells)
         Console(width=150).print(table)
+
+
+def compared(against: dict[str, dict[str, Any]]) -> None:
+    """Errors over those of factor_mean, with the least and the greatest of single seeds."""
+    table = Table("places", *against["all"], title="final error / that of factor_mean, geometric mean over places")
+    for title, row in against.items():
+        table.add_row(title, *(f"{f['mean']:.3f} ({f['low']:.2f} to {f['high']:.2f})" if f else "" for f in row.values()))
+    Console(width=150).print(table)
 
 
 # ----------------------------------------------------------------------------------------------------------------- costs
@@ -233,12 +264,15 @@ def main() -> None:
     rows = [summed(row) for row in measured(cells, seeds, asked.processes, None if asked.quick else KEPT, asked.resume)]
     show(rows)
     shared = [name for name, operator in OPERATORS.items() if not operator.personal]
-    against = {name: ratio(rows, name, "factor_mean") for name in shared}
-    known = {name: value for name, value in against.items() if value is not None and name not in ONCE}
+    against = {title: {name: ratio(part, name) for name in shared[1:]} for title, part in groups(rows).items()}
+    compared(against)
+    known = {name: found["mean"] for name, found in against["all"].items() if found and name not in ONCE} | {
+        "factor_mean": 1.0
+    }
     n = {"tasks": len(TASKS), "seeds": seeds, "rounds": QUICK_ROUNDS if asked.quick else ROUNDS, "cells": len(rows)}
     figures = {
         "operators": len(OPERATORS), "best": min(known, key=lambda name: known[name]),
-        "tangent_vs_factor_mean": against["tangent"], **spent, "n": n, "error_vs_factor_mean": against,
+        "tangent_vs_factor_mean": known["tangent"], **spent, "n": n, "error_vs_factor_mean": against,
         "predictors": predictors(rows), "base_accuracy": base_accuracy(seeds),
     }  # fmt: skip
     finish("lora", figures | ({} if asked.quick else {"rows": rows}), asked.quick)
