@@ -36,6 +36,8 @@ SKEWS = {
 }
 TASKS = ("random", "pretrained")
 LOSS = Metric("loss", per_sample(F.cross_entropy), "min")
+LOST = 2 * math.log(10)  # a loss that no model that says "all classes alike" has
+FAILURES = (taciturn.TaciturnError, torch.linalg.LinAlgError)  # a decomposition of factors that have exploded
 TOLD = ("product", "clients", "raw", "gauge", "truncation", "imbalance")
 
 
@@ -165,21 +167,21 @@ def experiment(cell: Cell, lr: float, seed: int, tuning: bool) -> Experiment:
 
 
 def train_loss(cell: Cell, lr: float, seed: int) -> float:
-    """Mean over what was evaluated in the last quarter of the rounds; infinite where the run fell apart."""
+    """Mean over what was evaluated in the last quarter of the rounds; infinite where the run fell apart or is lost."""
     try:
         history = taciturn.run(experiment(cell, lr, seed, True)).history
-    except taciturn.TaciturnError:
+    except FAILURES:
         return math.inf
     values = [line["metrics"]["loss"] for line in history if line["metrics"] and line["round"] > 0.75 * cell.rounds]
     loss = fmean(values)
-    return loss if math.isfinite(loss) else math.inf
+    return loss if loss < LOST else math.inf
 
 
 def outcome(cell: Cell, lr: float, seed: int) -> dict[str, Any]:
     """Accuracy (final, best), loss, bytes and, for operators on pairs, the mismatch at the end and over the rounds."""
     try:
         history = taciturn.run(experiment(cell, lr, seed, False)).history
-    except taciturn.TaciturnError as error:
+    except FAILURES as error:
         return {"diverged": str(error)[:120]}
     curve = [line["metrics"]["accuracy"] for line in history]
     last = history[-1]
