@@ -5,7 +5,9 @@ steps 1 to 50 at rank 4, both with two classes a client, for the ablation (facto
 tangent); three of these places for the other operators, and for the ablation with Dirichlet(0.5) labels.
 Step size: for each cell, by steps of 2 from a start value downhill in the training loss until the best lies inside what was
 tried, with one seed; then the best and its half with a second seed, and the smaller mean. Neither is among the five that
-are reported. A run falls apart if no client returns a finite update, or the loss is not finite; it counts as chance.
+are reported. A run falls apart if no client returns a finite update, if a decomposition fails, if the loss is not finite,
+or if it ends below half of its best accuracy; the first three count as chance. As one step size too far decides about that
+on few seeds, operators are compared by the median over seeds.
 Full runs keep finished cells in build/lora_cells.jsonl and go on from there with --resume.
 Milliseconds are CPU time on one thread, the median of repeats, of factors near each other (B_i = B + noise).
 """
@@ -115,10 +117,11 @@ def measured(cells: list[Cell], seeds: int, processes: int, kept: Path | None, r
 
 
 def summed(row: dict[str, Any]) -> dict[str, Any]:
-    """A cell's runs as means and spreads over seeds; a run that fell apart counts as chance."""
+    """A cell's runs as means and spreads over seeds; a run that diverged counts as chance."""
+    lost = [run for run in row["runs"] if "diverged" in run or run["final"] < 0.5 * run["best"]]
     good = [run for run in row["runs"] if "diverged" not in run]
     out = {name: row[name] for name in (*Cell.__dataclass_fields__, "lr", "tried", "cpu_seconds")}
-    out |= {"diverged": len(row["runs"]) - len(good), "bytes": good[0]["bytes"] if good else None}
+    out |= {"lost": len(lost), "bytes": good[0]["bytes"] if good else None}
     out |= {name: mean_spread([run.get(name, CHANCE) for run in row["runs"]]) for name in ("final", "best")}
     curves = [run["curve"] for run in good]
     out["half"] = mean_spread([curve[len(curve) // 2 - 1] for curve in curves]) if curves else None
@@ -129,11 +132,9 @@ def summed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def error(row: dict[str, Any], seed: int | None = None) -> float:
-    """1 - final accuracy, of a seed or the mean over seeds."""
-    if seed is None:
-        return float(1 - row["final"]["mean"])
-    value = row["seeds"][seed]
-    return 1 - (CHANCE if value is None else float(value))
+    """1 - final accuracy, of a seed or the median over seeds."""
+    values = [CHANCE if value is None else float(value) for value in row["seeds"]]
+    return 1 - (median(values) if seed is None else values[seed])
 
 
 def ratio(rows: list[dict[str, Any]], name: str, other: str = "factor_mean") -> dict[str, float] | None:
@@ -169,14 +170,17 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["task"], row["skew"], row["rank"], row["steps"]
 
 
-def predictors(rows: list[dict[str, Any]]) -> dict[str, float]:
+def predictors(rows: list[dict[str, Any]], alike: bool = False) -> dict[str, float]:
     """Spearman's correlation of the error with each diagnostic (mean over rounds), both against their mean in the place.
 
-    Among the operators of the ablation, in logarithms; cells in which a run fell apart are left out.
+    Among the operators of the ablation, in logarithms; cells in which a run fell apart are left out. alike: only those that
+    were tuned to the step size of factor_mean, for a smaller step makes every diagnostic smaller.
     """
+    steps = {_place(row): row["lr"] for row in rows if row["operator"] == "factor_mean"}
     places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["operator"] in ABLATION and row["mean"] and not row["diverged"]:
+        same = not alike or row["lr"] == steps.get(_place(row))
+        if row["operator"] in ABLATION and row["mean"] and not row["lost"] and same:
             places.setdefault(_place(row), []).append(row)
     groups = [group for group in places.values() if len(group) > 1]
 
@@ -187,7 +191,7 @@ def predictors(rows: list[dict[str, Any]]) -> dict[str, float]:
     if not groups:
         return {}
     errors = against_mean(error)
-    return {
+    return {"cells": len(errors)} | {
         name: round(float(torch.corrcoef(torch.stack([errors, against_mean(lambda row, n=name: row["mean"][n])]))[0, 1]), 3)
         for name in TOLD
     }
@@ -200,7 +204,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         table = Table(*heads, "product", "gauge", "truncation", "imbalance", title=", ".join(title))
         for row in sorted((r for r in rows if (r["task"], r["skew"]) == title), key=lambda r: (r["steps"], r["rank"])):
             cells = [f"{row[n]['mean']:.3f} ± {row[n]['spread']:.3f}" for n in ("final", "best")]
-            cells += [str(row["diverged"] or ""), f"{(row['bytes'] or 0) / 1e3:.0f}", f"{row['lr'] or 0:.3g}"]
+            cells += [str(row["lost"] or ""), f"{(row['bytes'] or 0) / 1e3:.0f}", f"{row['lr'] or 0:.3g}"]
             end = row["end"] or {}
             cells += [f"{end[n]:.2g}" if end else "-" for n in ("product", "gauge", "truncation", "imbalance")]
             table.add_row(str(row["rank"]), str(row["steps"]), row["operator"], *cells)
@@ -273,7 +277,8 @@ def main() -> None:
     figures = {
         "operators": len(OPERATORS), "best": min(known, key=lambda name: known[name]),
         "tangent_vs_factor_mean": known["tangent"], **spent, "n": n, "error_vs_factor_mean": against,
-        "predictors": predictors(rows), "base_accuracy": base_accuracy(seeds),
+        "lost": {name: sum(row["lost"] for row in rows if row["operator"] == name) for name in OPERATORS},
+        "predictors": {"all": predictors(rows), "one step size": predictors(rows, alike=True)}, "base_accuracy": base_accuracy(seeds),
     }  # fmt: skip
     finish("lora", figures | ({} if asked.quick else {"rows": rows}), asked.quick)
 
