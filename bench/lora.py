@@ -278,7 +278,8 @@ def main() -> None:
         "operators": len(OPERATORS), "best": min(known, key=lambda name: known[name]),
         "tangent_vs_factor_mean": known["tangent"], **spent, "n": n, "error_vs_factor_mean": against,
         "lost": {name: sum(row["lost"] for row in rows if row["operator"] == name) for name in OPERATORS},
-        "predictors": {"all": predictors(rows), "one step size": predictors(rows, alike=True)}, "base_accuracy": base_accuracy(seeds),
+        "predictors": {"all": predictors(rows), "one step size": predictors(rows, alike=True)},
+        "base_accuracy": base_accuracy(seeds),
     }  # fmt: skip
     finish("lora", figures | ({} if asked.quick else {"rows": rows}), asked.quick)
 
