@@ -27,14 +27,15 @@ def make(
     per_client: Sequence[float | None] = (),
     dropped: Mapping[int, str] | None = None,
     sync: Sequence[Mapping[str, Any] | None] = (),
+    aggregate: Sequence[Mapping[str, Any] | None] = (),
     cohort: Sequence[int] = (0, 1),
     monitor: int = 0,
     **header: Any,
 ) -> Path:
     """A run folder: `values` is the metric round by round (None: not evaluated), `up` and `down` bytes a round.
 
-    `sync` is what a dynamic rule told of each round; None or shorter: nothing, as in old records. `monitor`: bytes of its
-    messages in a round, part of `up`.
+    `sync` is what a dynamic rule told of each round; None or shorter: nothing, as in old records; `aggregate` likewise
+    what aggregation told. `monitor`: bytes of the rule's messages in a round, part of `up`.
     """
     metric = header.pop("metric", {"name": "accuracy", "goal": "max"})
     folder.mkdir(parents=True)
@@ -80,6 +81,8 @@ def make(
         }
         if at <= len(sync) and sync[at - 1] is not None:
             line |= {"sync": sync[at - 1], "longest": 7 * at}
+        if at <= len(aggregate) and aggregate[at - 1] is not None:
+            line["aggregate"] = aggregate[at - 1]
         lines.append(json.dumps(line))
     (folder / "record.jsonl").write_text("\n".join(lines) + "\n")
     return folder

@@ -280,6 +280,9 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
     look = {"blocks": 1.0, "estimate": 0.1, "threshold": float("inf")}
     told = {"blocks": 2.0, "drift": [1.0, float("nan")], "looks": [look, look | {"blocks": 2.0, "threshold": 0.05}]}
     folders.append(make(tmp_path / "fda", [0.4, 0.8], name="fda", metric=metric, sync=[told, told]))
+    layer = dict.fromkeys(("product", "clients", "raw", "gauge", "truncation", "imbalance", "entropy_sent"), 0.1)
+    layers = [{EVIL: layer, "b": layer | {"product": float("nan")}}] * 2
+    folders.append(make(tmp_path / "lora", [0.4, 0.8], name="lora", metric=metric, aggregate=layers))
     out = write_report(folders, tmp_path / "report.html")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     flags += "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000 --dump-dom"
@@ -288,7 +291,8 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Uncaught" in line]
     plots = re.findall(r'<div class="plot js-plotly-plot" id="plot-(\w+)"', done.stdout)
-    assert plots == ["rounds", "bytes", "traffic", "clients", "loss", "work", "looks", "drift"]
+    ours = ["product", "truncation", "client_gap", "factor_gaps", "imbalance", "ranks"]
+    assert plots == ["rounds", "bytes", "traffic", "clients", "loss", "work", "looks", "drift", *ours]
     parts = re.split(r'<div class="plot js-plotly-plot"', done.stdout)[1:]
     assert all('<svg class="main-svg"' in part for part in parts)
     assert "<img" not in done.stdout and "&lt;script&gt;window" in parts[0]

@@ -90,7 +90,8 @@ def rows_axis(labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _faded(color: str) -> str:
+def faded(color: str) -> str:
+    """The color of a band around a line of this color."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.2)"
 
@@ -120,7 +121,7 @@ def lines(groups: Sequence[Method], points_of: Callable[[Run], Curve], over_byte
         if several:
             upper = [middle + half for middle, half in zip(y, spread, strict=True)]
             lower = [middle - half for middle, half in zip(y, spread, strict=True)]
-            band = {"x": x + x[::-1], "y": upper + lower[::-1], "fill": "toself", "fillcolor": _faded(color)}
+            band = {"x": x + x[::-1], "y": upper + lower[::-1], "fill": "toself", "fillcolor": faded(color)}
             quiet = {"hoverinfo": "skip", "showlegend": False, "legendgroup": str(index), "mode": "lines"}
             traces.append(go.Scatter(**band, **quiet, line={"width": 0}))
         seeds = f" ({len(group.runs)} seeds)" if several else ""

@@ -2,7 +2,8 @@
 
     run.json       what was run: name, seed, configuration, engine, versions, metric and its goal (format 1)
     record.jsonl   one line a round: loss, metrics, cumulative bytes and seconds, traffic by kind, clients left out,
-                   and what a dynamic synchronisation rule told ("sync": missing in old records, {} for a fixed rule)
+                   and what a dynamic synchronisation rule told ("sync": missing in old records, {} for a fixed rule),
+                   and what aggregation told of each layer ("aggregate", likewise)
     config.toml    the configuration as text, to run again; shown as it is where it is there
     result.json    the final summary; absent while a run is going on and after it was interrupted
 
