@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from taciturn.aggregation import low_rank, mean, running, weighted
 from taciturn.codecs import difference, identity
 from taciturn.core.broadcast import Broadcast
@@ -20,6 +22,7 @@ from taciturn.core.types import (
     Partition,
     ServerOptimizer,
     Solver,
+    Split,
     SyncRule,
 )
 from taciturn.core.vector import Layout
@@ -52,6 +55,27 @@ def _check_gauge(aggregator: Aggregator, server: ServerOptimizer) -> None:
             f"server = {server} would step from the old ones to them; use server = sgd(lr = 1), or operator = "
             '"factor_mean" or "tangent"'
         )
+
+
+def _check_merges(aggregator: Aggregator, server: ServerOptimizer, broadcast: Broadcast) -> None:
+    """Update and merge are two halves of one change: the server applies the first as it is, and both arrive exactly."""
+    if not merges(aggregator):
+        return
+    if server != server_sgd(lr=1.0):
+        raise MethodError(
+            f"method: aggregator = {aggregator} merges into the frozen base what its pair of factors leaves out, and "
+            f"server = {server} would step elsewhere than to that pair; use server = sgd(lr = 1)"
+        )
+    if broadcast.codec.lossy:
+        raise MethodError(
+            f"method: aggregator = {aggregator} merges into the frozen base what its pair of factors leaves out, and "
+            f"broadcast.codec = {broadcast.codec} would lose a part of the pair; use broadcast.codec = identity"
+        )
+
+
+def merges(aggregator: Aggregator) -> bool:
+    """True if the changes of this aggregator have products for the frozen base."""
+    return bool(getattr(aggregator, "merges", False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +113,19 @@ class Method:
             )
         _check_running(self.codec, self.aggregator)
         _check_gauge(self.aggregator, self.server)
+        _check_merges(self.aggregator, self.server, self.broadcast)
+
+    def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
+        """The partition's split; `base` names the layers that take products, none unless the aggregator merges."""
+        split = self.partition.split(model, tracked)
+        if not merges(self.aggregator):
+            return replace(split, base=Layout((), ()))
+        if not split.base.names:
+            raise MethodError(
+                f"method: aggregator = {self.aggregator} merges into layers with adapters whose factors are both shared, "
+                f'and partition = {self.partition} has none; use partition = lora(share = "both")'
+            )
+        return split
 
     def encoded(self, codec: Codec) -> Method:
         """The same method with another codec on the way up; `running` goes with the codec whose memory it kept."""

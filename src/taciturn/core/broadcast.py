@@ -1,6 +1,7 @@
 """The way down: what the server publishes and what every client then provably holds.
 
-Symbols: x [d] the server's model; held = {"x": [d]} what a receiver of the newest version holds, the same for all.
+Symbols: x [d] the server's model; held = {"x": [d]} what a receiver of the newest version holds, the same for all; of
+methods that merge products into the frozen base also {"base": {layer: [m, n]}}, their sum (merges.py).
 
 of="model"   each frame is encode(x) itself; a receiver needs no history. Right for lossless codecs and for codecs
              whose error is relative to each value (cast): 4d or 2d bytes for every client, every round.
@@ -13,14 +14,15 @@ of="change"  each frame is encode(x - held), and held <- held + decode(frame). A
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from taciturn.core.errors import WireError
+from taciturn.core.merges import frame_of, is_base, lacking, logged, take
 from taciturn.core.payload import nbytes
 from taciturn.core.random import Key
 from taciturn.core.state import State
-from taciturn.core.types import Cast, Codec, Payload
+from taciturn.core.types import Cast, Codec, Merges, Payload
 from taciturn.core.vector import Layout, Vector
 
 SNAPSHOT = "snapshot"
@@ -33,10 +35,17 @@ class Broadcast:
     codec: Codec
     of: Literal["model", "change"] = "model"
 
-    def publish(self, x: Vector, source: int, cast: Cast | None, layout: Layout, key: Key) -> Cast:
-        """x [d] of server round `source` -> the next cast; the same cast if that round is already out."""
+    def publish(
+        self, x: Vector, source: int, cast: Cast | None, layout: Layout, key: Key, merges: Merges | None = None
+    ) -> Cast:
+        """x [d] of server round `source` -> the next cast; the same cast if that round is already out.
+
+        merges: what the base takes besides; before the first cast they name all layers that ever will, with K = 0.
+        """
         if cast is not None and cast.source == source:
             return cast
+        if merges:
+            return self._merged(self.publish(x, source, cast, layout, key), cast, merges)
         version = 0 if cast is None else cast.version + 1
         tx, _ = self.codec.init(layout)
         if self.of == "model":
@@ -50,10 +59,22 @@ class Broadcast:
             log.pop(0)  # older receivers are better served by a snapshot
         return Cast(version, source, self.apply(cast.held, payload, layout), tuple(log))
 
+    def _merged(self, cast: Cast, before: Cast | None, merges: Merges) -> Cast:
+        """The cast with the base after these products, and the frame that leads there."""
+        assert self.of == "model", "Method refuses merges with a lossy way down"
+        if before is None:
+            return replace(cast, held=cast.held | {"base": {layer: x @ y for layer, (x, y) in merges.items()}})
+        frame = frame_of(merges, cast.held["x"].dtype)
+        base = take(before.held["base"], frame)
+        return replace(cast, held=cast.held | {"base": base}, merges=logged(before.merges, cast.version, frame, base))
+
     def frames(self, cast: Cast, since: int) -> list[Payload]:
         """What a receiver at version `since` (-1: holds nothing) lacks, in order; empty if it is up to date."""
         if since == cast.version:
             return []
+        if "base" in cast.held:
+            base = lacking(cast.merges, cast.held["base"], cast.version, since)
+            return [*base, *(payload for _, payload in cast.log)]
         if since > cast.version:  # acknowledged to a server that was put back to an older checkpoint
             since = -1
         missing = [payload for version, payload in cast.log if version > since]
@@ -63,12 +84,14 @@ class Broadcast:
 
     def apply(self, held: State, frame: Payload, layout: Layout) -> State:
         """What a receiver holds after one frame; server and client run this same text."""
+        if is_base(frame):
+            return held | {"base": take(held.get("base", {}), frame)}
         if SNAPSHOT in frame:
             return {"x": frame[SNAPSHOT]}
         _, rx = self.codec.init(layout)
         decoded, _ = self.codec.decode(frame, rx, layout=layout)
         if self.of == "model":
-            return {"x": decoded}
+            return held | {"x": decoded}
         if "x" not in held:
             raise WireError("a change of the model arrived before any model")
         return {"x": held["x"] + decoded}

@@ -120,6 +120,8 @@ class Fused:
             raise Refusal(task.sequential_only or "it keeps running statistics")
         if not task.plain:
             raise Refusal("it is called by a forward of your own")
+        if split.base.names:
+            raise Refusal("its frozen base takes products in every round")
         names = frozenset(split.layout.names + split.personal.names)
         self.work = work
         self._affine = work.solver.affine()

@@ -41,11 +41,20 @@ class Post:
     """Messages, acknowledged versions and the ledger.
 
     copies: each client keeps its own copy of the model, built from nothing but the bytes it got (loopback); else all
-    share the server's record of what a receiver of the newest version holds, which is the same by the same text.
+    share the server's record of what a receiver of the newest version holds, which is the same by the same text. base:
+    layers that take products, at zero before the first.
     """
 
     def __init__(
-        self, carrier: Carrier, broadcast: Broadcast, layout: Layout, clients: ClientStore, x0: Vector, *, copies: bool
+        self,
+        carrier: Carrier,
+        broadcast: Broadcast,
+        layout: Layout,
+        clients: ClientStore,
+        x0: Vector,
+        *,
+        copies: bool,
+        base: Layout = Layout((), ()),
     ) -> None:
         self.ledger, self.carrier = Ledger(), carrier
         self._broadcast, self._layout = broadcast, layout
@@ -54,7 +63,9 @@ class Post:
         self._bits: dict[str, int] = {}  # what is sent once -> its bit of "met"
         self._schemas: dict[str, Schema] = {}  # by way and id, to introduce them again after a restart
         self._apart = copies
-        self._copies = clients.table("copy", {"x": x0}) if copies and broadcast.of == "change" else None
+        self._newcomer: State = {"base": base.views(x0.new_zeros(base.d))} if base.names else {}
+        kept = copies and (broadcast.of == "change" or self._newcomer)
+        self._copies = clients.table("copy", {"x": x0} | self._newcomer) if kept else None
         self._arrived: dict[int, State] = {}
         self.round = 0
 
@@ -110,7 +121,7 @@ class Post:
     def _copy(self, clients: Tensor) -> State:
         """What the client of a block of one has built from the bytes it got."""
         if self._copies is None or not self._copies.written(clients[:1]).all():
-            return {}
+            return self._newcomer
         return row(self._copies.read(clients[:1]), 0)
 
     def versions(self, ids: Tensor) -> Tensor:

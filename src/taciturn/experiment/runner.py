@@ -32,6 +32,7 @@ from taciturn.experiment.config import to_table, to_toml
 from taciturn.experiment.experiment import Callback, Experiment
 from taciturn.experiment.record import FORMAT, RunFolder
 from taciturn.experiment.result import Result
+from taciturn.experiment.snapshot import server_of, server_record
 from taciturn.round import RoundStats, ServerState, fed_round, start
 from taciturn.tasks.built import BuiltTask
 
@@ -70,7 +71,7 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     """Build task, split, engine and server; nothing is trained. header: of the run that is resumed."""
     method = experiment.method
     task = experiment.task.build(experiment.seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
-    split = method.partition.split(task.model, task.tracked)
+    split = method.split(task.model, task.tracked)
     work = Work(task, split, method.solver, method.codec)
     key = random.key(experiment.seed)
     name, block, least = experiment.engine, experiment.block, None
@@ -82,7 +83,7 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
             f"the run began on the path {header['engine']['path']!r} and this machine takes {path.path!r} ({path.why}); "
             f"resume it with torch {header['versions']['torch']}, or start anew"
         )
-    run = _Run(experiment, task, work, engine, path, key, start(split.x0, task.train.sizes, method), [])
+    run = _Run(experiment, task, work, engine, path, key, start(split.x0, task.train.sizes, method, split.base), [])
     if run.from_clients:
         _evaluated_ids(run)  # an error now is better than one after training
     return run
@@ -226,9 +227,15 @@ def _cast(run: _Run) -> Cast:
         cast = broadcast.publish(server.model, server.round, None, layout, key)
         version = server.cast.version + 1 if server.cast else 0  # newer than what any client holds
         return replace(cast, version=version, log=tuple((version, payload) for _, payload in cast.log))
-    cast = broadcast.publish(server.x, server.round, server.cast, layout, key)
+    cast = broadcast.publish(server.x, server.round, server.cast, layout, key, server.merges)
     run.server = replace(server, cast=cast)
     return cast
+
+
+def _held(run: _Run) -> State:
+    """The server's own model, and the base with all that it took."""
+    base = {"base": _cast(run).held["base"]} if run.work.split.base.names else {}
+    return {"x": run.server.model} | base
 
 
 def _evaluate_clients(run: _Run) -> tuple[dict[str, float], dict[str, Any]]:
@@ -252,7 +259,9 @@ def _evaluate_central(run: _Run) -> dict[str, float]:
     central, split = run.task.data.central, run.work.split
     assert central is not None
     x = run.server.model
-    params = run.work.params({"x": x}, split.layout.views(x), split.personal.views(split.v0), split.buffers.views(split.b0))
+    params = run.work.params(
+        _held(run), split.layout.views(x), split.personal.views(split.v0), split.buffers.views(split.b0)
+    )
     zero = torch.zeros(1, dtype=torch.int64)
     total: dict[str, float] = {}
     for part in torch.split(torch.arange(int(central.sizes[0])), 1024):
@@ -338,24 +347,13 @@ def _same_experiment(before: dict[str, Any], now: dict[str, Any], folder: Path) 
 
 
 def _snapshot(run: _Run) -> tuple[State, dict[str, Any]]:
-    server, cast = run.server, run.server.cast
-    state: State = {
-        "x": server.x,
-        "opt": server.opt,
-        "agg": server.agg,
-        "sync": server.sync,
-        "engine": run.engine.export(),
-    }
-    meta: dict[str, Any] = {
+    state, cast = server_record(run.server)
+    meta = {
         "seconds": run.seconds,
         "totals": run.engine.post.ledger.totals,
         "layout": run.work.split.layout.fingerprint,
     }
-    if cast is not None:
-        state["held"] = cast.held
-        state["log"] = {str(number): payload for number, payload in cast.log}
-        meta["cast"] = {"version": cast.version, "source": cast.source}
-    return state, meta
+    return state | {"engine": run.engine.export()}, meta | cast
 
 
 def _restore(run: _Run, folder: RunFolder) -> None:
@@ -368,12 +366,7 @@ def _restore(run: _Run, folder: RunFolder) -> None:
     state = tree_map(lambda tensor: tensor.to(run.server.x.device), state)
     if meta["layout"] != run.work.split.layout.fingerprint:
         raise RunError(f"{folder.path}: the checkpoint is of another model (names or shapes of its parameters differ)")
-    cast = None
-    if "cast" in meta:
-        log = sorted((int(number), payload) for number, payload in state.get("log", {}).items())
-        cast = Cast(meta["cast"]["version"], meta["cast"]["source"], state["held"], tuple(log))
-    opt, agg, sync = (state.get(name, {}) for name in ("opt", "agg", "sync"))
-    run.server = ServerState(meta["round"], state["x"], opt, agg, sync, cast)
+    run.server = server_of(state, meta)
     run.engine.clients.recover(folder.path, meta["round"])
     run.engine.restore(state["engine"])
     run.engine.post.ledger.totals = meta["totals"]
@@ -382,12 +375,12 @@ def _restore(run: _Run, folder: RunFolder) -> None:
 
 
 def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None) -> Result:
-    split, x = run.work.split, run.server.model
-    names = run.task.train.names
+    split, held = run.work.split, _held(run)
+    names, x = run.task.train.names, held["x"]
 
     def tensors(v: Tensor, b: Tensor) -> dict[str, Tensor]:
         views = split.layout.views(x), split.personal.views(v), split.buffers.views(b)
-        return {**run.task.model.state_dict(), **run.work.params({"x": x}, *views)}
+        return {**run.task.model.state_dict(), **run.work.params(held, *views)}
 
     def client(name: str) -> dict[str, Tensor]:
         if name not in names:
