@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from advisor.toys import experiment, least_squares
-from conftest import make_federation
-from taciturn import Experiment, Method, participation, solvers, sync
+from conftest import Net, make_federation
+from taciturn import Experiment, Method, aggregation, participation, partition, solvers, sync
 from taciturn.advisor import run_pilot
 from taciturn.aggregation import mean
 from taciturn.core.errors import ConfigError, MethodError, RunError
@@ -86,3 +86,10 @@ def test_whole_epochs():
     task, _ = least_squares()
     p = run_pilot(experiment(task, sync=sync.every(epochs=1)), rounds=1, messages=30)
     assert p.steps == pytest.approx(25) and torch.isfinite(p.messages).all()
+
+
+def test_a_base_that_moves_is_refused():
+    pytest.importorskip("peft", reason="partition lora needs peft: pip install 'taciturn[lora]'")
+    method = Method(partition=partition.lora(rank=2, targets="stem"), aggregator=aggregation.low_rank(operator="fedex"))
+    with pytest.raises(MethodError, match="merges into the frozen base"):
+        run_pilot(Experiment(Task(Net, make_federation()), method, rounds=4))

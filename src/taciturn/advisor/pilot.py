@@ -94,6 +94,11 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     began = time.perf_counter()
     run = prepare(experiment.replace(method=experiment.method.encoded(identity()), evaluate_on="train"))
     work, sizes, method, key = run.work, run.task.train.sizes, run.experiment.method, run.key
+    if work.split.base.names:
+        raise MethodError(
+            f"advise: {method.aggregator} merges into the frozen base, which moves under the pilot's messages; advise "
+            'the same method with operator = "factor_mean", whose uploads are alike'
+        )
     ids = _sampled(len(sizes), random.fold(key, "pilot"))
     draws = _draws(work.split.layout.d, len(ids), messages)
     with closing(run.engine.crew):

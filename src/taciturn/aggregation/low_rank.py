@@ -19,22 +19,48 @@ from taciturn.aggregation.lowrank_svd import Backend
 from taciturn.aggregation.mean import Weights, weights_of
 from taciturn.aggregation.mismatch import mismatch
 from taciturn.core import random
-from taciturn.core.errors import MethodError, unknown
+from taciturn.core.errors import MethodError, require, unknown
 from taciturn.core.random import Key
 from taciturn.core.state import State
-from taciturn.core.types import Block, Change
+from taciturn.core.types import Block, Change, Merges
 from taciturn.core.vector import Layout, Vector
 
 Sides = tuple[str, str]  # names of B and A
-Operator = Callable[[Factors, Tensor, Key, "low_rank"], Pair]
+Found = tuple[Pair, Pair | None]  # what all continue from, and a product for the base
 
-# name -> operator, and whether the pair comes in another gauge than the clients' factors
-OPERATORS: dict[str, tuple[Operator, bool]] = {
-    "factor_mean": (lambda f, w, key, part: factors.factor_mean(f, w), False),
-    "factor_mean_rebalanced": (lambda f, w, key, part: factors.factor_mean_rebalanced(f, w, key), True),
-    "product_svd": (lambda f, w, key, p: factors.product_svd(f, w, key, backend=p.backend, align=p.align), True),
-    "tangent": (lambda f, w, key, part: factors.tangent(f, w), False),
-    "lora_fair_style": (lambda f, w, key, part: factors.lora_fair_style(f, w), False),
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One way to make a pair of many. turns: it comes in another gauge than the clients' factors, or starts anew;
+    merges: the base takes a product besides.
+    """
+
+    run: Callable[[Factors, Tensor, Key, low_rank], Found]
+    turns: bool = False
+    merges: bool = False
+
+
+def _product_svd(held: Factors, share: Tensor, key: Key, part: low_rank) -> Pair:
+    return factors.product_svd(held, share, key, backend=part.backend, align=part.align)
+
+
+def _product_svd_residual(held: Factors, share: Tensor, key: Key, part: low_rank) -> Found:
+    pair = _product_svd(held, share, key, part)
+    return pair, factors.residual_of(held, share, pair)
+
+
+OPERATORS = {
+    "factor_mean": Operator(lambda f, w, key, part: (factors.factor_mean(f, w), None)),
+    "factor_mean_rebalanced": Operator(
+        lambda f, w, key, part: (factors.factor_mean_rebalanced(f, w, key), None), turns=True
+    ),
+    "product_svd": Operator(lambda f, w, key, part: (_product_svd(f, w, key, part), None), turns=True),
+    "product_svd_residual": Operator(_product_svd_residual, turns=True, merges=True),
+    "tangent": Operator(lambda f, w, key, part: (factors.tangent(f, w), None)),
+    "lora_fair_style": Operator(lambda f, w, key, part: (factors.lora_fair_style(f, w), None)),
+    "fedex": Operator(lambda f, w, key, part: factors.fedex(f, w, "short"), merges=True),
+    "fedex_trunc": Operator(lambda f, w, key, part: factors.fedex_trunc(f, w, part.residual_rank or 1), merges=True),
+    "flora": Operator(lambda f, w, key, part: (factors.restart(f, key), factors.flora(f, w)), turns=True, merges=True),
 }
 
 
@@ -56,7 +82,10 @@ class low_rank:
     factor_mean: P = sum w_i B_i, Q = sum w_i A_i (FedIT; PS in the paper). factor_mean_rebalanced: the same product with
     P'P = QQ'. product_svd: the best pair of rank r for sum w_i B_i A_i, balanced (FlexLoRA; SP in the paper). tangent:
     factor_mean with the bias of its product removed to first order, in its gauge. lora_fair_style: A's mean, and B
-    corrected for it.
+    corrected for it. These merge products into the frozen base W0, so that nothing of sum w_i B_i A_i is lost; its rank
+    grows with the rounds: fedex: factor_mean and R = sum w_i (B_i - Bb)(A_i - Ab) (FedEx-LoRA). fedex_trunc: the best part
+    of R of rank residual_rank. product_svd_residual: product_svd and what it leaves out. flora: all of it goes into W0, and
+    B = 0 and a random A start anew (FLoRA).
     The mean product is never formed. backend: of the singular values. align: product_svd turned to the clients' gauge.
     told: per layer, what the pair loses of the clients' factors (`mismatch`); diagnostics = False leaves that out, for
     large cohorts. Not linear: it holds every client's factors of a round. State: rounds, for its random draws.
@@ -65,20 +94,34 @@ class low_rank:
     """
 
     linear: ClassVar[bool] = False
-    operator: Literal["factor_mean", "factor_mean_rebalanced", "product_svd", "tangent", "lora_fair_style"] = "product_svd"
+    operator: Literal[
+        "factor_mean", "factor_mean_rebalanced", "product_svd", "tangent", "lora_fair_style",
+        "fedex", "fedex_trunc", "product_svd_residual", "flora",
+    ] = "product_svd"  # fmt: skip
     weights: Weights = "samples"
     backend: Backend = "rsvd"
     align: bool = False
     diagnostics: bool = True
+    residual_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
             raise unknown("operator", self.operator, OPERATORS, "aggregator.operator")
+        require(
+            (self.operator == "fedex_trunc") == (self.residual_rank is not None) and (self.residual_rank or 1) >= 1,
+            "aggregator.residual_rank: the rank, at least 1, of what fedex_trunc merges, and for no other operator; got "
+            f"{self.residual_rank} with {self.operator}",
+        )
 
     @property
     def turns(self) -> bool:
         """True if what is broadcast may be in another gauge than before, so that no optimizer state fits it."""
-        return OPERATORS[self.operator][1]
+        return OPERATORS[self.operator].turns
+
+    @property
+    def merges(self) -> bool:
+        """True if the frozen base takes a product in every round."""
+        return OPERATORS[self.operator].merges
 
     def weigh(self, sizes: Tensor) -> Tensor:
         """[M] samples -> [M] weights."""
@@ -113,16 +156,17 @@ class low_rank:
         views = layout.views(models)
         new = {name: torch.tensordot(share, view.double(), 1) for name, view in views.items()}
         told: dict[str, Any] = {}
+        taken: Merges = {}
         key = random.fold(random.key(0), "low_rank", int(rounds))
         for number, (layer, sides) in enumerate(pairs.items()):
             held = [(_matrix(b, "B"), _matrix(a, "A")) for b, a in zip(*(views[side] for side in sides), strict=True)]
-            operator, _ = OPERATORS[self.operator]
-            pair = operator(held, share, random.fold(key, number), self)
+            pair, rest = OPERATORS[self.operator].run(held, share, random.fold(key, number), self)
             new |= {side: factor.double().reshape(new[side].shape) for side, factor in zip(sides, pair, strict=True)}
+            taken |= {} if rest is None else {layer: rest}
             if self.diagnostics:
-                told[layer] = asdict(mismatch(held, share, pair))
+                told[layer] = asdict(mismatch(held, share, pair, rest))
         update = layout.flatten(new, torch.float64) - acc.x.double()
-        return Change(update, told=told), {"rounds": rounds + 1}
+        return Change(update, taken, told), {"rounds": rounds + 1}
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from taciturn.core.errors import ConfigError, MethodError, ModelError, require
-from taciturn.core.state import write_atomic
-from taciturn.core.types import Split
+from taciturn.core.state import State, write_atomic
+from taciturn.core.types import Record, Split
+from taciturn.core.vector import Layout
 from taciturn.partition.by_name import cut, expand, refuse_tracked
 
 KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -129,25 +131,73 @@ class lora:
         return other is not None and re.search(rf"lora_(embedding_)?{other}\b", name) is not None
 
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
-        """Adapters, or one factor of each, and `also` are shared."""
+        """Adapters, or one factor of each, and `also` are shared; where both are, the base may take products."""
         refuse_tracked(tracked, lambda name: False)
-        return cut(model, tracked, self._apart, called)
+        split = cut(model, tracked, self._apart, called)
+        return split if self.share != "both" else _merging(split, _bases(model), self.scale)
 
     def save(self, tensors: Mapping[str, Tensor], model: nn.Module, folder: str | Path) -> Path:
         """The adapters of a trained model (`Result.tensors`) as a folder for `PeftModel.from_pretrained(model, folder)`.
 
-        model: as it was given, without adapters. What `also` shares is not an adapter and is not written.
+        model: as it was given, without adapters. What `also` shares is not an adapter and is not written. Where W0 took
+        products, the adapter is as wide as the rank of all that was learnt: then it and `model` are the trained layer.
         """
         names, folder = self.adapted(model), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        kept = {called(name): t.detach().cpu().contiguous() for name, t in tensors.items() if "lora_" in name}
+        wide = {name: self._widened(name, tensors, kept, model) for name in names}
+        ranks = {name: rank for name, rank in wide.items() if rank}
         config = {
             "peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "bias": "none",
             "target_modules": f"({'|'.join(re.escape(name) for name in names)})", "inference_mode": True,
+            "rank_pattern": ranks, "alpha_pattern": ranks,
         }  # fmt: skip
-        kept = {BESIDE + called(n): t.detach().cpu().contiguous() for n, t in tensors.items() if "lora_" in n}
         write_atomic(folder / "adapter_config.json", [json.dumps(config, indent=1).encode()])
-        write_atomic(folder / "adapter_model.safetensors", [save(kept)])
+        write_atomic(folder / "adapter_model.safetensors", [save({BESIDE + name: t for name, t in kept.items()})])
         return folder
+
+    def _widened(self, layer: str, tensors: Mapping[str, Tensor], kept: dict[str, Tensor], model: nn.Module) -> int:
+        """Put W - W0 into the adapter of a layer whose base has moved -> its rank, with alpha = rank; 0 if it has not."""
+        now, given = tensors[f"{layer}.base_layer.weight"].cpu(), model.get_parameter(f"{layer}.weight").detach().cpu()
+        if torch.equal(now, given.to(now)):
+            return 0
+        table = f"{layer}.lora_embedding_A" in kept
+        left, right = (f"{layer}.lora_{'embedding_' if table else ''}{side}{'' if table else '.weight'}" for side in "BA")
+        b, a = kept[left], kept[right]
+        moved = (now.double() - given.double()).mT if table else (now.double() - given.double()).flatten(1)
+        moved = moved + self.scale * b.flatten(1).double() @ a.flatten(1).double()
+        u, s, v = torch.linalg.svd(moved, full_matrices=False)
+        rank = max(1, int((s > s[0] * len(s) * torch.finfo(now.dtype).eps).sum()))
+        half = s[:rank].sqrt()
+        kept[left] = (u[:, :rank] * half).reshape(len(b), rank, *b.shape[2:]).to(b).contiguous()
+        kept[right] = (half.unsqueeze(1) * v[:rank]).reshape(rank, *a.shape[1:]).to(a).contiguous()
+        return rank
+
+
+def _bases(model: nn.Module) -> dict[str, Tensor]:
+    """Layer -> its frozen weight W0, of those whose product B A is one matrix (a grouped convolution's is several)."""
+    found = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    return {name: base.weight.detach() for name, base in found.items() if getattr(base, "groups", 1) == 1}
+
+
+def _merging(split: Split, weights: dict[str, Tensor], scale: float) -> Split:
+    """The split with W0 + scale x (the sum of the products that were merged) in place of W0."""
+    tables = {layer for layer in weights if f"{layer}.lora_embedding_A" in split.layout.names}
+
+    def join(held: State, y: Record, v: Record) -> Record:
+        named = split.join(held, y, v)
+        for layer, total in held.get("base", {}).items():
+            weight = weights[layer]
+            named[f"{layer}.base_layer.weight"] = weight + scale * as_weight(total, weight, layer in tables)
+        return named
+
+    shapes = {name: w.mT.shape if name in tables else w.flatten(1).shape for name, w in weights.items()}
+    return replace(split, join=join, base=Layout(tuple(shapes), tuple(tuple(shape) for shape in shapes.values())))
+
+
+def as_weight(product: Tensor, weight: Tensor, table: bool) -> Tensor:
+    """A product [m, n] of factors in the shape of a weight: of a table (embedding) turned, of a convolution unfolded."""
+    return product.mT if table else product.reshape(weight.shape)
 
 
 def _head(model: nn.Module) -> set[str]:
