@@ -22,7 +22,7 @@ def drive(task, method, engine="sequential", rounds=5, block=None, seed=0, **fau
     for r in range(rounds):
         round_key = random.fold(key, "round", r)
         ids = method.participation.draw(r, round_key, torch.ones(len(sizes), dtype=torch.bool))
-        server, stat = fed_round(server, ids, sizes[ids], method, runner, split.layout, round_key)
+        server, stat = fed_round(server, ids, sizes[ids], method, runner, split, round_key)
         stats.append(stat)
         traffic.append(runner.post.ledger.close_round())
     return server, runner, stats, traffic

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from taciturn.aggregation import low_rank, mean, running, weighted
+from taciturn.aggregation.low_rank import OPERATORS
 from taciturn.codecs import difference, identity
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import MethodError, require
@@ -73,6 +74,19 @@ def _check_merges(aggregator: Aggregator, server: ServerOptimizer, broadcast: Br
         )
 
 
+def _check_kinds(aggregator: Aggregator, split: Split) -> None:
+    """Only some aggregators, and operators, know that a coordinate is not everybody's."""
+    knows = getattr(aggregator, "kinds", False)
+    if isinstance(aggregator, low_rank) and any(kind.holds is not None for kind in split.kinds):
+        knows = OPERATORS[aggregator.operator].unequal and not aggregator.align
+    if not knows:
+        raise MethodError(
+            f"method: aggregator = {aggregator} takes every coordinate for everybody's, and the clients of this partition "
+            "work on unlike parts; use mean, weighted, or low_rank, for unlike ranks without align and with operator = "
+            + ", ".join(f'"{name}"' for name, operator in OPERATORS.items() if operator.unequal)
+        )
+
+
 def merges(aggregator: Aggregator) -> bool:
     """True if the changes of this aggregator have products for the frozen base."""
     return bool(getattr(aggregator, "merges", False))
@@ -116,16 +130,18 @@ class Method:
         _check_merges(self.aggregator, self.server, self.broadcast)
 
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
-        """The partition's split; `base` names the layers that take products, none unless the aggregator merges."""
+        """The partition's split, that for methods that merge where the aggregator does."""
         split = self.partition.split(model, tracked)
+        if split.kinds:
+            _check_kinds(self.aggregator, split)
         if not merges(self.aggregator):
-            return replace(split, base=Layout((), ()))
-        if not split.base.names:
+            return split
+        if split.merging is None:
             raise MethodError(
                 f"method: aggregator = {self.aggregator} merges into layers with adapters whose factors are both shared, "
                 f'and partition = {self.partition} has none; use partition = lora(share = "both")'
             )
-        return split
+        return split.merging
 
     def encoded(self, codec: Codec) -> Method:
         """The same method with another codec on the way up; `running` goes with the codec whose memory it kept."""

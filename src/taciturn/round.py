@@ -15,7 +15,7 @@ from torch import Tensor
 from taciturn.core.errors import AllClientsFailed, require
 from taciturn.core.random import Key, fold
 from taciturn.core.state import State
-from taciturn.core.types import OK, STATUS, Cast, Engine, Merges, Plan, Record, SyncRule
+from taciturn.core.types import OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
 from taciturn.core.vector import Layout, Vector
 from taciturn.method import Method
 
@@ -85,13 +85,13 @@ def train(engine: Engine, rule: SyncRule, sync: State, cast: Cast, plan: Plan, s
 
 
 def fed_round(
-    server: ServerState, ids: Tensor, sizes: Tensor, method: Method, engine: Engine, layout: Layout, key: Key
+    server: ServerState, ids: Tensor, sizes: Tensor, method: Method, engine: Engine, split: Split, key: Key
 ) -> tuple[ServerState, RoundStats]:
     """Server state and a cohort -> the next server state. Errors: `AllClientsFailed`; the state is as before."""
     plan, stride = plan_round(server.round, ids, sizes, method, server.sync)  # 1 work and weight of each client
     down_key = fold(key, "broadcast")
-    news = server.x, server.round, server.cast, layout, down_key, server.merges
-    cast = method.broadcast.publish(*news)  # 2 encode the model once, and what the base takes
+    news = server.x, server.round, server.cast, split.layout, down_key, server.merges, split.kinds
+    cast = method.broadcast.publish(*news)  # 2 encode the model once for each kind, and what the base takes
     sync = train(engine, method.sync, server.sync, cast, plan, stride)  # 3-5 send it; local training on every client
     total = method.aggregator.start(server.agg, server.x)
     blocks = []

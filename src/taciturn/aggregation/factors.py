@@ -155,9 +155,8 @@ def flora(factors: Factors, weights: Weights) -> Pair:
     return stacked(factors, weights)
 
 
-def restart(factors: Factors, key: Key) -> Pair:
-    """B = 0 [m, r], and A [r, n] of variance 1 / (3 n) from the key, as LoRA starts; r the largest rank."""
-    rank = max(b.shape[1] for b, _ in factors)
+def restart(factors: Factors, rank: int, key: Key) -> Pair:
+    """B = 0 [m, r], and A [r, n] of variance 1 / (3 n) from the key, as LoRA starts."""
     b, a = factors[0]
     fresh = random.normal(key, rank, a.shape[1]) * (3 * a.shape[1]) ** -0.5
     return b.new_zeros(len(b), rank), fresh.to(a)

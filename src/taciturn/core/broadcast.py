@@ -14,16 +14,17 @@ of="change"  each frame is encode(x - held), and held <- held + decode(frame). A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from taciturn.core.errors import WireError
 from taciturn.core.merges import frame_of, is_base, lacking, logged, take
 from taciturn.core.payload import nbytes
-from taciturn.core.random import Key
+from taciturn.core.random import Key, fold
 from taciturn.core.state import State
 from taciturn.core.types import Cast, Codec, Merges, Payload
-from taciturn.core.vector import Layout, Vector
+from taciturn.core.vector import Kind, Layout, Vector
 
 SNAPSHOT = "snapshot"
 
@@ -36,16 +37,37 @@ class Broadcast:
     of: Literal["model", "change"] = "model"
 
     def publish(
-        self, x: Vector, source: int, cast: Cast | None, layout: Layout, key: Key, merges: Merges | None = None
+        self,
+        x: Vector,
+        source: int,
+        cast: Cast | None,
+        layout: Layout,
+        key: Key,
+        merges: Merges | None = None,
+        kinds: Sequence[Kind] = (),
     ) -> Cast:
         """x [d] of server round `source` -> the next cast; the same cast if that round is already out.
 
         merges: what the base takes besides; before the first cast they name all layers that ever will, with K = 0.
+        kinds: of clients; those that hold a part of x have a cast of their own.
         """
         if cast is not None and cast.source == source:
             return cast
+        new = self._encoded(x, source, cast, layout, key)
         if merges:
-            return self._merged(self.publish(x, source, cast, layout, key), cast, merges)
+            new = self._merged(new, cast, merges)
+        own: list[Cast | None] = []
+        for number, kind in enumerate(kinds):
+            part, before = kind.holds, None if cast is None else cast.kinds[number]
+            if part is None:
+                own.append(None)
+                continue
+            one = self._encoded(part.cut(x), source, before, part.layout, fold(key, "kind", number))
+            own.append(replace(one, held=new.held | one.held, merges=new.merges))
+        return replace(new, kinds=tuple(own))
+
+    def _encoded(self, x: Vector, source: int, cast: Cast | None, layout: Layout, key: Key) -> Cast:
+        """The next cast of x, without what the base takes."""
         version = 0 if cast is None else cast.version + 1
         tx, _ = self.codec.init(layout)
         if self.of == "model":

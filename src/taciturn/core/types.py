@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from taciturn.core.random import Key
 from taciturn.core.state import State
-from taciturn.core.vector import Layout, Vector
+from taciturn.core.vector import Kind, Layout, Vector
 
 Record: TypeAlias = dict[str, Tensor]
 Payload: TypeAlias = dict[str, Tensor]  # exactly what goes on the wire, in wire dtypes
@@ -24,17 +24,16 @@ Merges: TypeAlias = dict[str, tuple[Tensor, Tensor]]  # products X [m, K] Y [K, 
 Batch: TypeAlias = dict[str, Tensor]  # named tensors [b, ..] and "mask" [b] bool: False marks padding
 Oracle: TypeAlias = Callable[[Vector, Vector, Batch], tuple[Tensor, Vector, Vector]]  # y, v, batch -> loss, g_y, g_v
 
+
 # ---------------------------------------------------------------------------------------------------- records
-
-
 @dataclass(frozen=True)
 class Split:
     """A model cut into what is shared and what stays on the client.
-
     layout/x0: the shared vector [d]; personal/v0: the personal vector [p]; buffers/b0: statistics that the model
     itself updates in training (BatchNorm) [q], always personal. `join(held, shared, personal)` takes the named views of
     y and v and gives the named parameters for `torch.func.functional_call`; `held` is what the client keeps of the last
     broadcast: "x" [d] and, where a method merges products into the frozen layers of `base` [m, n], their sum "base".
+    merging: the split for such methods. kinds: of clients that work on parts of x; kind_of: round, ids [m] -> [m] int64.
     """
 
     layout: Layout
@@ -45,6 +44,9 @@ class Split:
     b0: Vector
     join: Callable[[State, Record, Record], Record]
     base: Layout = Layout((), ())
+    merging: Split | None = None
+    kinds: tuple[Kind, ...] = ()
+    kind_of: Callable[[int, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Block:
     stats: dict[str, Tensor]  # {name: [m]}
     status: Tensor  # [m] int64, index into STATUS
     total: Tensor | None = None  # [d]
+    kind: Kind = Kind()  # of all m clients: updates are zero outside kind.trains, start outside kind.holds
 
     def sum(self) -> Tensor:
         """Sum over clients of weight times update [d]."""
@@ -110,8 +113,8 @@ class Observations:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a client of the cohort spent on a round, in the mean: bytes `up` and `down` (without what is sent once),
-    round trips, and the seconds of one local step, by this machine's clock (0 before the first).
+    """What a client of the cohort spent on a round, in the mean: bytes `up` and `down` (without what is sent once), round
+    trips, and the seconds of one local step, by this machine's clock (0 before the first).
     """
 
     up: float = 0.0
@@ -124,7 +127,8 @@ class Spent:
 class Cast:
     """A published model: its version, what every receiver of that version holds, and the frames that lead there.
     log: (version, payload) in order; a receiver at version s applies every frame with a version above s. merges: the
-    same for the base. source: the server round whose x this is; publishing the same x twice is one publication.
+    same for the base. source: the server round whose x this is; publishing the same x twice is one publication. kinds: of
+    each kind of client the cast of what it holds; None: this one.
     """
 
     version: int
@@ -132,6 +136,7 @@ class Cast:
     held: State
     log: tuple[tuple[int, Payload], ...] = ()
     merges: tuple[tuple[int, Payload], ...] = ()
+    kinds: tuple[Cast | None, ...] = ()
 
 
 # -------------------------------------------------------------------------------------------------- protocols
@@ -240,9 +245,7 @@ class SyncRule(Protocol):
         ...
 
     def observe(self, u: Vector, told: Record, signal: Payload) -> tuple[Payload, Tensor]:
-        """On a client, after a stride: (a few bytes, go on [] bool). u [d] its drift; told: "done" [] its local steps,
-        "loss" [] the sum of their losses.
-        """
+        """On a client, after a stride: (a few bytes, go on [] bool). u [d] drift; told: "done" [], "loss" [] summed."""
         ...
 
     def watch(self, seen: Observations, plan: Plan, state: State) -> tuple[Tensor | None, State]:
@@ -260,7 +263,7 @@ class SyncRule(Protocol):
 
 class Aggregator(Protocol):
     """Many -> one. `linear`: a weighted sum of updates is enough, so blocks may arrive already summed. One whose changes
-    have `merges` says so: it has `merges = True`.
+    have `merges` has `merges = True`; one that knows blocks of several kinds has `kinds = True`.
     """
 
     @property
@@ -291,7 +294,6 @@ class ServerOptimizer(Protocol):
     """FedOpt: x <- step(x, -update). State named "average" [d], if there is any, is the model to evaluate and to keep."""
 
     def init(self, x: Vector) -> State: ...
-
     def step(self, x: Vector, update: Vector, state: State) -> tuple[Vector, State]: ...
 
 

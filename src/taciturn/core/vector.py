@@ -18,6 +18,37 @@ Vector = Tensor
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some coordinates of x [d]: `mask` [d] bool says which; in their order they are the vector [k] of `layout`."""
+
+    layout: Layout
+    mask: Tensor
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[k] int64, rising."""
+        return self.mask.nonzero().squeeze(1)
+
+    def cut(self, x: Vector) -> Vector:
+        """[.., d] -> [.., k]."""
+        return x.index_select(-1, self.places)
+
+    def fill(self, values: Vector) -> Vector:
+        """[.., k] -> [.., d] with zeros elsewhere."""
+        return values.new_zeros(*values.shape[:-1], len(self.mask)).index_copy(-1, self.places, values)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Clients that work on the same coordinates of x [d]: `trains`, which they also send, and `holds`, which they are sent;
+    None: all of them. What a client does not hold is zero there.
+    """
+
+    trains: Part | None = None
+    holds: Part | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
     """Names and shapes of the tensors that make up a flat vector.
 

@@ -120,8 +120,9 @@ class Fused:
             raise Refusal(task.sequential_only or "it keeps running statistics")
         if not task.plain:
             raise Refusal("it is called by a forward of your own")
-        if split.base.names:
-            raise Refusal("its frozen base takes products in every round")
+        if split.base.names or split.kinds:
+            why = "its frozen base takes products in every round" if split.base.names else "its clients train unlike parts"
+            raise Refusal(why)
         names = frozenset(split.layout.names + split.personal.names)
         self.work = work
         self._affine = work.solver.affine()

@@ -17,7 +17,7 @@ from taciturn.core.errors import WireError
 from taciturn.core.payload import nbytes
 from taciturn.core.state import State, row, stack, tree_map
 from taciturn.core.types import Cast, Payload
-from taciturn.core.vector import Layout, Vector
+from taciturn.core.vector import Layout, Part, Vector
 from taciturn.engines.store import ClientStore
 from taciturn.wire.format import FRAME, Schema
 from taciturn.wire.ledger import Ledger
@@ -35,6 +35,11 @@ class Carrier(Protocol):
     def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
         """payload [m, ..] -> what arrives [m, ..], and the bytes of each packed payload [m]."""
         ...
+
+
+def widened(held: State, part: Part | None) -> State:
+    """What is held of a part of x, as x [d] with zeros elsewhere."""
+    return held if part is None else held | {"x": part.fill(held["x"])}
 
 
 class Post:
@@ -101,22 +106,27 @@ class Post:
         if len(fresh):
             self.message("up", "setup", fresh, {"samples": samples[torch.isin(ids, fresh)]})
 
-    def model(self, kind: str, ids: Tensor, cast: Cast) -> State:
-        """Each client gets the frames it lacks (a bare header if none) -> what a client of this block now holds."""
+    def model(self, kind: str, ids: Tensor, cast: Cast, part: Part | None = None) -> State:
+        """Each client gets the frames it lacks (a bare header if none) -> what a client of this block now holds.
+
+        part: of x, which the cast is of and these clients hold.
+        """
         versions, held = self.versions(ids), cast.held
+        layout = self._layout if part is None else part.layout
         for since in dict.fromkeys(versions.tolist()):
             clients = ids[versions == since]
             copy = self._copy(clients)
+            copy = copy | {"x": part.cut(copy["x"])} if part is not None and "x" in copy else copy
             for frame in self._broadcast.frames(cast, since) or [{}]:
                 rows = {name: tensor.expand(len(clients), *tensor.shape) for name, tensor in frame.items()}
                 received = self.message("down", kind, clients, rows)
                 if self._apart and frame:
-                    copy = self._broadcast.apply(copy, row(received, 0), self._layout)
+                    copy = self._broadcast.apply(copy, row(received, 0), layout)
             if self._apart:  # a block of one: this client's own copy
                 held = copy
                 if kind == "model":
-                    self._arrived[int(clients[0])] = copy
-        return held
+                    self._arrived[int(clients[0])] = widened(copy, part)
+        return widened(held, part)
 
     def _copy(self, clients: Tensor) -> State:
         """What the client of a block of one has built from the bytes it got."""

@@ -26,6 +26,7 @@ from taciturn.core import random
 from taciturn.core.errors import AllClientsFailed, ConfigError, DataError, RunError
 from taciturn.core.state import State, tree_map
 from taciturn.core.types import Cast, Payload
+from taciturn.core.vector import Kind
 from taciturn.engines import LocalEngine, build
 from taciturn.engines.modes import Path as EnginePath
 from taciturn.experiment.config import to_table, to_toml
@@ -182,7 +183,7 @@ def _round(run: _Run) -> RoundStats:
     method, sizes = run.experiment.method, run.task.train.sizes
     key = random.fold(run.key, "round", run.server.round)
     ids = method.participation.draw(run.server.round, key, torch.ones(len(sizes), dtype=torch.bool))
-    run.server, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, run.work.split.layout, key)
+    run.server, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, run.work.split, key)
     return stats
 
 
@@ -222,12 +223,12 @@ def _evaluated_ids(run: _Run) -> Tensor:
 def _cast(run: _Run) -> Cast:
     """The model as it would be broadcast now; the next round sends this very cast, unless an average is evaluated."""
     server, key = run.server, random.fold(random.fold(run.key, "round", run.server.round), "broadcast")
-    broadcast, layout = run.experiment.method.broadcast, run.work.split.layout
+    broadcast, split = run.experiment.method.broadcast, run.work.split
     if server.model is not server.x:
-        cast = broadcast.publish(server.model, server.round, None, layout, key)
+        cast = broadcast.publish(server.model, server.round, None, split.layout, key, kinds=split.kinds)
         version = server.cast.version + 1 if server.cast else 0  # newer than what any client holds
         return replace(cast, version=version, log=tuple((version, payload) for _, payload in cast.log))
-    cast = broadcast.publish(server.x, server.round, server.cast, layout, key, server.merges)
+    cast = broadcast.publish(server.x, server.round, server.cast, split.layout, key, server.merges, split.kinds)
     run.server = replace(server, cast=cast)
     return cast
 
@@ -376,9 +377,9 @@ def _restore(run: _Run, folder: RunFolder) -> None:
 
 def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None) -> Result:
     split, held = run.work.split, _held(run)
-    names, x = run.task.train.names, held["x"]
+    names = run.task.train.names
 
-    def tensors(v: Tensor, b: Tensor) -> dict[str, Tensor]:
+    def tensors(x: Tensor, v: Tensor, b: Tensor) -> dict[str, Tensor]:
         views = split.layout.views(x), split.personal.views(v), split.buffers.views(b)
         return {**run.task.model.state_dict(), **run.work.params(held, *views)}
 
@@ -387,7 +388,12 @@ def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None
             raise DataError(f"there is no client {name!r}")
         if run.engine.clients.moved_on():
             raise RunError(f"{folder} was resumed, and its clients have moved on; ask the result of the resumed run")
-        own = run.engine.store.read(torch.tensor([names.index(name)]))
-        return tensors(own["v"][0], own["b"][0])
+        i = torch.tensor([names.index(name)])
+        own, kind = (
+            run.engine.store.read(i),
+            split.kinds[int(split.kind_of(run.server.round, i))] if split.kind_of else Kind(),
+        )
+        x = held["x"] if kind.holds is None else kind.holds.fill(kind.holds.cut(held["x"]))
+        return tensors(x, own["v"][0], own["b"][0])
 
-    return Result(header, run.history, tensors(split.v0, split.b0), stopped, folder, run.task.model_with, client)
+    return Result(header, run.history, tensors(held["x"], split.v0, split.b0), stopped, folder, run.task.model_with, client)

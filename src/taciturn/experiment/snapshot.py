@@ -5,11 +5,14 @@ A log of frames is a record by version, {"12": payload}.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from taciturn.core.state import State
 from taciturn.core.types import Cast, Payload
 from taciturn.round import ServerState
+
+Frames = tuple[tuple[int, Payload], ...]
 
 
 def server_record(server: ServerState) -> tuple[State, dict[str, Any]]:
@@ -20,21 +23,31 @@ def server_record(server: ServerState) -> tuple[State, dict[str, Any]]:
     if cast is None:
         return state, {}
     state["held"] = cast.held
-    state["log"] = {str(version): frame for version, frame in cast.log}
-    state["base_log"] = {str(version): frame for version, frame in cast.merges}
-    return state, {"cast": {"version": cast.version, "source": cast.source}}
+    own = {str(k): one for k, one in enumerate(cast.kinds) if one is not None}
+    state["kinds"] = {k: {"x": one.held["x"], "log": _log(one.log)} for k, one in own.items()}
+    state["log"] = _log(cast.log)
+    state["base_log"] = _log(cast.merges)
+    return state, {"cast": {"version": cast.version, "source": cast.source, "kinds": len(cast.kinds)}}
+
+
+def _log(frames: Frames) -> State:
+    return {str(version): frame for version, frame in frames}
 
 
 def server_of(state: State, facts: dict[str, Any]) -> ServerState:
     """The inverse of `server_record`; facts: also "round"."""
 
-    def log(name: str) -> tuple[tuple[int, Payload], ...]:
-        return tuple(sorted((int(version), frame) for version, frame in state.get(name, {}).items()))
+    def log(found: State) -> Frames:
+        return tuple(sorted((int(version), frame) for version, frame in found.items()))
 
     cast = None
     opt, agg, sync = (state.get(name, {}) for name in ("opt", "agg", "sync"))
     if "cast" in facts:
         version, source = facts["cast"]["version"], facts["cast"]["source"]
-        cast = Cast(version, source, state["held"], log("log"), log("base_log"))
+        cast = Cast(version, source, state["held"], log(state.get("log", {})), log(state.get("base_log", {})))
+        own: list[Cast | None] = [None] * facts["cast"].get("kinds", 0)
+        for k, one in state.get("kinds", {}).items():
+            own[int(k)] = replace(cast, held=cast.held | {"x": one["x"]}, log=log(one.get("log", {})))
+        cast = replace(cast, kinds=tuple(own))
     merges = {layer: (pair["left"], pair["right"]) for layer, pair in state.get("merges", {}).items()}
     return ServerState(facts["round"], state["x"], opt, agg, sync, cast, merges)

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from taciturn.core.errors import ConfigError, MethodError, ModelError, require
 from taciturn.core.state import State, write_atomic
 from taciturn.core.types import Record, Split
-from taciturn.core.vector import Layout
+from taciturn.core.vector import Kind, Layout, Part
 from taciturn.partition.by_name import cut, expand, refuse_tracked
 
 KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADAPTER = "default"  # peft's name for the only one there is
+FACTOR = {side: re.compile(rf"lora_(embedding_)?{side}\b") for side in "AB"}
 BESIDE = "base_model.model."  # what peft writes before every name of a saved adapter
 
 
@@ -53,6 +54,8 @@ class lora:
     linear layer but the head. Linear, embedding and convolution layers can have adapters. also: names, patterns or helpers
     ("head", "norms") of parameters that are trained and shared beside them. The adapters are peft's, put in by
     `peft.inject_adapter_in_model` and exchanged under the names of its state dict.
+    ranks: of the clients, where they differ: client i has rank ranks[i mod their number], the largest being `rank`; it
+    holds, trains and sends the first r_i columns of B and rows of A. alpha / r, of the largest, is the same for all.
     share "both", "A" or "B"; rest "frozen" or "personal": the factor that is not shared stays at its start, the same for
     all, or is trained and stays on the client. share "B", rest "frozen" is FFA-LoRA; share "A", rest "personal" FedSA-LoRA.
     Errors: `ModelError` for targets that cannot have one; `UnknownName`; `ConfigError` without peft.
@@ -66,6 +69,7 @@ class lora:
     dropout: float = 0.0
     share: Literal["both", "A", "B"] = "both"
     rest: Literal["frozen", "personal"] = "frozen"
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank: at least 1; got {self.rank}")
@@ -73,6 +77,9 @@ class lora:
         require(0 <= self.dropout < 1, f"lora.dropout: at least 0, below 1; got {self.dropout}")
         require(self.share in ("both", "A", "B"), f"lora.share: both, A or B; got {self.share!r}")
         require(self.rest in ("frozen", "personal"), f"lora.rest: frozen or personal; got {self.rest!r}")
+        wrong = self.ranks and (min(self.ranks) < 1 or max(self.ranks) != self.rank)
+        require(not wrong, f"lora.ranks: at least 1, the largest being rank = {self.rank}; got {self.ranks}")
+        require(self.share == "both" or not self.ranks, f'lora.ranks: with share = "both"; got {self.share!r}')
         if self.share == "A" and self.rest == "frozen":
             raise MethodError(
                 'lora: B starts at 0, so with B frozen nothing is ever learnt; share = "B", or rest = "personal"'
@@ -128,13 +135,17 @@ class lora:
     def _apart(self, name: str) -> bool:
         """True for the factor that is not shared."""
         other = {"A": "B", "B": "A"}.get(self.share)
-        return other is not None and re.search(rf"lora_(embedding_)?{other}\b", name) is not None
+        return other is not None and FACTOR[other].search(name) is not None
 
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
         """Adapters, or one factor of each, and `also` are shared; where both are, the base may take products."""
         refuse_tracked(tracked, lambda name: False)
         split = cut(model, tracked, self._apart, called)
-        return split if self.share != "both" else _merging(split, _bases(model), self.scale)
+        if self.share != "both":
+            return split
+        if self.ranks:
+            split = _kinds(split, self.ranks)
+        return replace(split, merging=_merging(split, _bases(model), self.scale))
 
     def save(self, tensors: Mapping[str, Tensor], model: nn.Module, folder: str | Path) -> Path:
         """The adapters of a trained model (`Result.tensors`) as a folder for `PeftModel.from_pretrained(model, folder)`.
@@ -178,6 +189,27 @@ def _bases(model: nn.Module) -> dict[str, Tensor]:
     """Layer -> its frozen weight W0, of those whose product B A is one matrix (a grouped convolution's is several)."""
     found = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
     return {name: base.weight.detach() for name, base in found.items() if getattr(base, "groups", 1) == 1}
+
+
+def _kinds(split: Split, ranks: tuple[int, ...]) -> Split:
+    """The split with a kind of client for each rank."""
+    layout, known = split.layout, sorted(set(ranks))
+    which = torch.tensor([known.index(rank) for rank in ranks])
+
+    def part(rank: int) -> Part:
+        mask, shapes = {}, {}
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            axis = 0 if FACTOR["A"].search(name) else 1 if FACTOR["B"].search(name) else None
+            mask[name] = torch.ones(shape, dtype=torch.bool)
+            if axis is not None:
+                mask[name].narrow(axis, rank, shape[axis] - rank).fill_(False)
+            shapes[name] = tuple(rank if place == axis else size for place, size in enumerate(shape))
+        own = Layout(tuple(shapes), tuple(shapes.values()))
+        return Part(own, layout.flatten(mask, torch.bool).to(split.x0.device))
+
+    parts = [part(rank) if rank < known[-1] else None for rank in known]
+    kinds = tuple(Kind(one, one) for one in parts)
+    return replace(split, kinds=kinds, kind_of=lambda round, ids: which[ids % len(which)])
 
 
 def _merging(split: Split, weights: dict[str, Tensor], scale: float) -> Split:
