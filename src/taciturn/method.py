@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from taciturn.aggregation import low_rank, mean, running, weighted
-from taciturn.aggregation.low_rank import OPERATORS
+from taciturn.aggregation.low_rank import OPERATORS, pairs_of
 from taciturn.codecs import difference, identity
 from taciturn.core.broadcast import Broadcast
-from taciturn.core.errors import MethodError, require
+from taciturn.core.errors import MethodError, ModelError, require
 from taciturn.core.types import (
     Aggregator,
     Codec,
@@ -87,6 +87,25 @@ def _check_kinds(aggregator: Aggregator, split: Split) -> None:
         )
 
 
+def _check_common(aggregator: Aggregator, split: Split) -> None:
+    """FedSVD turns a factor that nobody trains; and every layer must be able to take its product, where there are any."""
+    if not isinstance(aggregator, low_rank):
+        return
+    one = len(split.kinds) == 1 and split.kinds[0].trains is not None
+    if OPERATORS[aggregator.operator].common and not one:
+        raise MethodError(
+            f'method: operator = "{aggregator.operator}" is for clients that train B and are sent A; use partition = '
+            'lora(share = "B", rest = "server")'
+        )
+    if merges(aggregator) and split.merging is not None:
+        bad = sorted(set(pairs_of(split.layout)) - set(split.merging.base.names))
+        if bad:
+            raise ModelError(
+                f"{', '.join(bad)}: a grouped convolution, or a weight that another layer uses too, cannot take the "
+                f"products of {aggregator}; leave it out of lora.targets, or choose an operator that does not merge"
+            )
+
+
 def merges(aggregator: Aggregator) -> bool:
     """True if the changes of this aggregator have products for the frozen base."""
     return bool(getattr(aggregator, "merges", False))
@@ -134,6 +153,7 @@ class Method:
         split = self.partition.split(model, tracked)
         if split.kinds:
             _check_kinds(self.aggregator, split)
+        _check_common(self.aggregator, split)
         if not merges(self.aggregator):
             return split
         if split.merging is None:

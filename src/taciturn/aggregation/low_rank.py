@@ -33,13 +33,15 @@ Found = tuple[Pair, Pair | None]  # what all continue from, and a product for th
 @dataclass(frozen=True, slots=True)
 class Operator:
     """One way to make a pair of many. turns: it comes in another gauge than the clients' factors, or starts anew;
-    merges: the base takes a product besides; unequal: clients may have unlike ranks.
+    merges: the base takes a product besides; unequal: clients may have unlike ranks; common: they must have one factor in
+    common, which the server sets.
     """
 
     run: Callable[[Factors, Tensor, Key, low_rank, int], Found]  # the last: the largest rank of any client there is
     turns: bool = False
     merges: bool = False
     unequal: bool = False
+    common: bool = False
 
 
 def _product_svd(held: Factors, share: Tensor, key: Key, part: low_rank, rank: int) -> Pair:
@@ -66,6 +68,7 @@ OPERATORS = {
         lambda f, w, key, part, r: (factors.restart(f, r, key), factors.flora(f, w)), turns=True, merges=True, unequal=True
     ),
     "hetlora_style": Operator(lambda f, w, key, part, r: (factors.hetlora_style(f, w), None), unequal=True),
+    "fedsvd": Operator(lambda f, w, key, part, r: (factors.fedsvd(f, w, key), None), turns=True, common=True),
     "rbla": Operator(lambda f, w, key, part, r: (factors.rbla(f, w), None), unequal=True),
 }
 
@@ -92,6 +95,7 @@ class low_rank:
     grows with the rounds: fedex: factor_mean and R = sum w_i (B_i - Bb)(A_i - Ab) (FedEx-LoRA). fedex_trunc: the best part
     of R of rank residual_rank. product_svd_residual: product_svd and what it leaves out. flora: all of it goes into W0, and
     B = 0 and a random A start anew (FLoRA).
+    fedsvd: B was trained and A common: their product in another gauge, A with orthonormal rows (FedSVD).
     Where clients have unlike ranks, client i goes on from the first r_i slices of the pair: product_svd and flora take any
     ranks; rbla: the mean of each slice over those who own it (RBLA); hetlora_style: over all, zeros for those who do not
     (after HetLoRA). A slice that nobody of the cohort owns stays, unless the operator sets all.
@@ -106,7 +110,7 @@ class low_rank:
     kinds: ClassVar[bool] = True
     operator: Literal[
         "factor_mean", "factor_mean_rebalanced", "product_svd", "tangent", "lora_fair_style",
-        "fedex", "fedex_trunc", "product_svd_residual", "flora", "hetlora_style", "rbla",
+        "fedex", "fedex_trunc", "product_svd_residual", "flora", "hetlora_style", "rbla", "fedsvd",
     ] = "product_svd"  # fmt: skip
     weights: Weights = "samples"
     backend: Backend = "rsvd"

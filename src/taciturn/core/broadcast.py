@@ -18,15 +18,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from taciturn.core.errors import WireError
 from taciturn.core.merges import frame_of, is_base, lacking, logged, take
 from taciturn.core.payload import nbytes
 from taciturn.core.random import Key, fold
 from taciturn.core.state import State
 from taciturn.core.types import Cast, Codec, Merges, Payload
-from taciturn.core.vector import Kind, Layout, Vector
+from taciturn.core.vector import Kind, Layout, Part, Vector, pieces_of
 
 SNAPSHOT = "snapshot"
+PIECE = "piece"
+
+
+def _newest(log: tuple[tuple[int, Payload], ...]) -> dict[int, tuple[int, Payload]]:
+    """The entries of a log of pieces, by number."""
+    return {int(payload[PIECE]): (version, payload) for version, payload in log}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +57,13 @@ class Broadcast:
         """x [d] of server round `source` -> the next cast; the same cast if that round is already out.
 
         merges: what the base takes besides; before the first cast they name all layers that ever will, with K = 0.
-        kinds: of clients; those that hold a part of x have a cast of their own.
+        kinds: of clients; those that hold a part of x have a cast of their own. Where all hold x and kinds train different
+        tensors of it (`pieces_of`), each piece is a frame, sent to those who have not got it since it changed.
         """
         if cast is not None and cast.source == source:
             return cast
-        new = self._encoded(x, source, cast, layout, key)
+        pieces = pieces_of(layout, kinds) if self.of == "model" else ()
+        new = self._pieces(x, source, cast, pieces, layout, key) if pieces else self._encoded(x, source, cast, layout, key)
         if merges:
             new = self._merged(new, cast, merges)
         own: list[Cast | None] = []
@@ -81,6 +91,18 @@ class Broadcast:
             log.pop(0)  # older receivers are better served by a snapshot
         return Cast(version, source, self.apply(cast.held, payload, layout), tuple(log))
 
+    def _pieces(self, x: Vector, source: int, cast: Cast | None, pieces: Sequence[Part], layout: Layout, key: Key) -> Cast:
+        """The next cast of x: the newest frame of each piece."""
+        version, held, log = (0, {}, {}) if cast is None else (cast.version + 1, cast.held, _newest(cast.log))
+        for number, piece in enumerate(pieces):
+            value = piece.cut(x)
+            if cast is None or not torch.equal(value, piece.cut(cast.held["x"])):
+                tx, _ = self.codec.init(piece.layout)
+                payload, _ = self.codec.encode(value, tx, fold(key, number), layout=piece.layout, knobs={})
+                log[number] = version, payload | {PIECE: torch.tensor(number, dtype=torch.uint8, device=x.device)}
+                held = self.apply(held, log[number][1], layout, pieces)
+        return Cast(version, source, held, tuple(sorted(log.values(), key=lambda entry: entry[0])))
+
     def _merged(self, cast: Cast, before: Cast | None, merges: Merges) -> Cast:
         """The cast with the base after these products, and the frame that leads there."""
         assert self.of == "model", "Method refuses merges with a lossy way down"
@@ -96,7 +118,7 @@ class Broadcast:
             return []
         if "base" in cast.held:
             base = lacking(cast.merges, cast.held["base"], cast.version, since)
-            return [*base, *(payload for _, payload in cast.log)]
+            return [*base, *(payload for _, payload in cast.log)]  # one frame: who merges trains all that it holds
         if since > cast.version:  # acknowledged to a server that was put back to an older checkpoint
             since = -1
         missing = [payload for version, payload in cast.log if version > since]
@@ -104,12 +126,17 @@ class Broadcast:
             return missing
         return [{SNAPSHOT: cast.held["x"]}]
 
-    def apply(self, held: State, frame: Payload, layout: Layout) -> State:
+    def apply(self, held: State, frame: Payload, layout: Layout, pieces: Sequence[Part] = ()) -> State:
         """What a receiver holds after one frame; server and client run this same text."""
         if is_base(frame):
             return held | {"base": take(held.get("base", {}), frame)}
         if SNAPSHOT in frame:
             return {"x": frame[SNAPSHOT]}
+        if PIECE in frame:
+            part, frame = pieces[int(frame[PIECE])], {name: t for name, t in frame.items() if name != PIECE}
+            value, _ = self.codec.decode(frame, self.codec.init(part.layout)[1], layout=part.layout)
+            x = held["x"] if "x" in held else value.new_zeros(layout.d)
+            return held | {"x": x.index_copy(0, part.places, value)}
         _, rx = self.codec.init(layout)
         decoded, _ = self.codec.decode(frame, rx, layout=layout)
         if self.of == "model":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +46,25 @@ class Kind:
 
     trains: Part | None = None
     holds: Part | None = None
+
+
+def pieces_of(layout: Layout, kinds: Sequence[Kind]) -> tuple[Part, ...]:
+    """Disjoint parts of an x that all hold and that kinds train different whole tensors of: they change at different times.
+
+    Empty where x changes as a whole.
+    """
+    masks = [layout.views(kind.trains.mask) for kind in kinds if kind.holds is None and kind.trains is not None]
+    if len(masks) < 2 or len(masks) < len(kinds):
+        return ()
+    groups: dict[tuple[bool, ...], list[str]] = {}
+    for name in layout.names:
+        groups.setdefault(tuple(bool(mask[name].any()) for mask in masks), []).append(name)
+    parts, shapes = [], dict(zip(layout.names, layout.shapes, strict=True))
+    for names in groups.values():
+        mask = {name: torch.full(shape, name in names) for name, shape in shapes.items()}
+        own = Layout(tuple(names), tuple(shapes[name] for name in names))
+        parts.append(Part(own, layout.flatten(mask, torch.bool).to(kinds[0].trains.mask.device)))  # type: ignore[union-attr]
+    return tuple(parts)
 
 
 @dataclass(frozen=True)

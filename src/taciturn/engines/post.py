@@ -7,6 +7,7 @@ client is a row of the store: the version it acknowledged (-1: none) and a bit f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from taciturn.core.errors import WireError
 from taciturn.core.payload import nbytes
 from taciturn.core.state import State, row, stack, tree_map
 from taciturn.core.types import Cast, Payload
-from taciturn.core.vector import Layout, Part, Vector
+from taciturn.core.vector import Kind, Layout, Part, Vector, pieces_of
 from taciturn.engines.store import ClientStore
 from taciturn.wire.format import FRAME, Schema
 from taciturn.wire.ledger import Ledger
@@ -47,7 +48,7 @@ class Post:
 
     copies: each client keeps its own copy of the model, built from nothing but the bytes it got (loopback); else all
     share the server's record of what a receiver of the newest version holds, which is the same by the same text. base:
-    layers that take products, at zero before the first.
+    layers that take products, at zero before the first; kinds: of clients.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Post:
         *,
         copies: bool,
         base: Layout = Layout((), ()),
+        kinds: Sequence[Kind] = (),
     ) -> None:
         self.ledger, self.carrier = Ledger(), carrier
         self._broadcast, self._layout = broadcast, layout
@@ -69,7 +71,8 @@ class Post:
         self._schemas: dict[str, Schema] = {}  # by way and id, to introduce them again after a restart
         self._apart = copies
         self._newcomer: State = {"base": base.views(x0.new_zeros(base.d))} if base.names else {}
-        kept = copies and (broadcast.of == "change" or self._newcomer)
+        self._pieces = pieces_of(layout, kinds)
+        kept = copies and (broadcast.of == "change" or self._newcomer or self._pieces)
         self._copies = clients.table("copy", {"x": x0} | self._newcomer) if kept else None
         self._arrived: dict[int, State] = {}
         self.round = 0
@@ -121,7 +124,7 @@ class Post:
                 rows = {name: tensor.expand(len(clients), *tensor.shape) for name, tensor in frame.items()}
                 received = self.message("down", kind, clients, rows)
                 if self._apart and frame:
-                    copy = self._broadcast.apply(copy, row(received, 0), layout)
+                    copy = self._broadcast.apply(copy, row(received, 0), layout, self._pieces)
             if self._apart:  # a block of one: this client's own copy
                 held = copy
                 if kind == "model":

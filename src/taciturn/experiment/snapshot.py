@@ -1,6 +1,6 @@
 """The server in a checkpoint: its state as tensors, and as JSON what is no tensor.
 
-A log of frames is a record by version, {"12": payload}.
+A log of frames is a record by version, {"12": payload}; further frames of one version are "12.1", "12.2".
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ def server_record(server: ServerState) -> tuple[State, dict[str, Any]]:
 
 
 def _log(frames: Frames) -> State:
-    return {str(version): frame for version, frame in frames}
+    seen = [version for version, _ in frames]
+    labels = (f"{version}.{seen[:i].count(version)}" for i, version in enumerate(seen))
+    return {label.removesuffix(".0"): frame for label, (_, frame) in zip(labels, frames, strict=True)}
 
 
 def server_of(state: State, facts: dict[str, Any]) -> ServerState:
     """The inverse of `server_record`; facts: also "round"."""
 
     def log(found: State) -> Frames:
-        return tuple(sorted((int(version), frame) for version, frame in found.items()))
+        order = sorted((tuple(map(int, label.split("."))), label) for label in found)
+        return tuple((place[0], found[label]) for place, label in order)
 
     cast = None
     opt, agg, sync = (state.get(name, {}) for name in ("opt", "agg", "sync"))

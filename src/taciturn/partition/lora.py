@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from taciturn.core.errors import ConfigError, MethodError, ModelError, require
+from taciturn.core.errors import ConfigError, MethodError, ModelError, require, unknown
 from taciturn.core.state import State, write_atomic
 from taciturn.core.types import Record, Split
 from taciturn.core.vector import Kind, Layout, Part
@@ -26,6 +27,7 @@ from taciturn.partition.by_name import cut, expand, refuse_tracked
 KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADAPTER = "default"  # peft's name for the only one there is
 FACTOR = {side: re.compile(rf"lora_(embedding_)?{side}\b") for side in "AB"}
+CORE = re.compile(rf"lora_(embedding_)?B(\.{ADAPTER})?(\.weight)?$")
 BESIDE = "base_model.model."  # what peft writes before every name of a saved adapter
 
 
@@ -56,8 +58,12 @@ class lora:
     `peft.inject_adapter_in_model` and exchanged under the names of its state dict.
     ranks: of the clients, where they differ: client i has rank ranks[i mod their number], the largest being `rank`; it
     holds, trains and sends the first r_i columns of B and rows of A. alpha / r, of the largest, is the same for all.
-    share "both", "A" or "B"; rest "frozen" or "personal": the factor that is not shared stays at its start, the same for
-    all, or is trained and stays on the client. share "B", rest "frozen" is FFA-LoRA; share "A", rest "personal" FedSA-LoRA.
+    share: what is trained and sent. "both"; "A" or "B"; "alternate": B in even rounds and A in odd ones, and what changed
+    comes down (RoLoRA, whose usual form this is); "core": W0 + (alpha / r) B R A with B and A fixed, orthonormal and drawn
+    at the start, and R [r, r] from 0 (Fed-SB). rest, with "A" or "B": the other factor is "frozen", at its start, the same
+    for all; "personal": trained, and stays on the client; "server": the server's, which sends it (low_rank fedsvd). share
+    "B", rest "frozen" is FFA-LoRA; share "A", rest "personal" FedSA-LoRA.
+    Departure: Fed-SB starts from an SVD of the first gradient; here B and A are random.
     Errors: `ModelError` for targets that cannot have one; `UnknownName`; `ConfigError` without peft.
     Source: Hu et al. 2021 (arXiv 2106.09685).
     """
@@ -67,20 +73,24 @@ class lora:
     targets: tuple[str, ...] | str = "linear"
     also: tuple[str, ...] | str = ()
     dropout: float = 0.0
-    share: Literal["both", "A", "B"] = "both"
-    rest: Literal["frozen", "personal"] = "frozen"
+    share: Literal["both", "A", "B", "alternate", "core"] = "both"
+    rest: Literal["frozen", "personal", "server"] = "frozen"
     ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank: at least 1; got {self.rank}")
         require(self.alpha > 0, f"lora.alpha: above 0; got {self.alpha}")
         require(0 <= self.dropout < 1, f"lora.dropout: at least 0, below 1; got {self.dropout}")
-        require(self.share in ("both", "A", "B"), f"lora.share: both, A or B; got {self.share!r}")
-        require(self.rest in ("frozen", "personal"), f"lora.rest: frozen or personal; got {self.rest!r}")
+        if self.share not in (shares := ("A", "B", "alternate", "both", "core")):
+            raise unknown("share", self.share, shares, "lora.share")
+        if self.rest not in (rests := ("frozen", "personal", "server")):
+            raise unknown("rest", self.rest, rests, "lora.rest")
+        alone = self.rest == "frozen" or self.share in ("A", "B")
+        require(alone, f'lora.rest: {self.rest} is of the factor beside share = "A" or "B"; got share = {self.share!r}')
         wrong = self.ranks and (min(self.ranks) < 1 or max(self.ranks) != self.rank)
         require(not wrong, f"lora.ranks: at least 1, the largest being rank = {self.rank}; got {self.ranks}")
         require(self.share == "both" or not self.ranks, f'lora.ranks: with share = "both"; got {self.share!r}')
-        if self.share == "A" and self.rest == "frozen":
+        if self.share == "A" and self.rest != "personal":
             raise MethodError(
                 'lora: B starts at 0, so with B frozen nothing is ever learnt; share = "B", or rest = "personal"'
             )
@@ -128,8 +138,13 @@ class lora:
         made: nn.Module = peft.inject_adapter_in_model(config, model)
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(
-                name in also or ("lora_" in name and not (self._apart(name) and self.rest == "frozen"))
+                name in also
+                or ("lora_" in name and self.share != "core" and not (self._apart(name) and self.rest == "frozen"))
             )
+            if "lora_" in name and self.share == "core":
+                nn.init.orthogonal_(parameter)
+            elif "lora_embedding_" in name and self.share == "B":  # peft starts a table's A at 0, so B would never move
+                (nn.init.normal_ if FACTOR["A"].search(name) else nn.init.zeros_)(parameter)
         return made
 
     def _apart(self, name: str) -> bool:
@@ -140,7 +155,13 @@ class lora:
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
         """Adapters, or one factor of each, and `also` are shared; where both are, the base may take products."""
         refuse_tracked(tracked, lambda name: False)
-        split = cut(model, tracked, self._apart, called)
+        if self.share == "core":
+            return _cores(model, self.rank)
+        split = cut(model, tracked, lambda name: self._apart(name) and self.rest == "personal", called)
+        if self.share == "alternate":
+            return replace(split, kinds=(_without(split, "A"), _without(split, "B")), kind_of=_parity)
+        if self.rest == "server":
+            return replace(split, kinds=(_without(split, "A"),), kind_of=lambda round, ids: torch.zeros_like(ids))
         if self.share != "both":
             return split
         if self.ranks:
@@ -188,7 +209,41 @@ class lora:
 def _bases(model: nn.Module) -> dict[str, Tensor]:
     """Layer -> its frozen weight W0, of those whose product B A is one matrix (a grouped convolution's is several)."""
     found = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
-    return {name: base.weight.detach() for name, base in found.items() if getattr(base, "groups", 1) == 1}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    alone = {name: base for name, base in found.items() if uses[id(base.weight)] == 1}
+    return {name: base.weight.detach() for name, base in alone.items() if getattr(base, "groups", 1) == 1}
+
+
+def _without(split: Split, side: str) -> Kind:
+    """Clients that hold all and train all but one factor."""
+    layout = split.layout
+    shapes = {name: shape for name, shape in zip(layout.names, layout.shapes, strict=True) if not FACTOR[side].search(name)}
+    mask = {name: torch.full(shape, name in shapes) for name, shape in zip(layout.names, layout.shapes, strict=True)}
+    own = Layout(tuple(shapes), tuple(shapes.values()))
+    return Kind(trains=Part(own, layout.flatten(mask, torch.bool).to(split.x0.device)))
+
+
+def _parity(round: int, ids: Tensor) -> Tensor:
+    """All are of kind 0 in even rounds, and of kind 1 in odd ones."""
+    return torch.full_like(ids, round % 2)
+
+
+def _cores(model: nn.Module, rank: int) -> Split:
+    """R [r, r] of each adapter, at 0, and what is trained beside; B R takes the place of B."""
+    named = dict(model.named_parameters())
+    lefts = {CORE.sub("lora_core", name): name for name in named if FACTOR["B"].search(name)}
+    fixed = {core: named[name].detach() for core, name in lefts.items()}
+    zeros = {core: b.new_zeros(rank, rank) for core, b in fixed.items()}
+    shared = zeros | {name: p.detach() for name, p in named.items() if p.requires_grad}
+    layout, empty = Layout.of(shared), Layout((), ())
+
+    def join(held: State, y: Record, v: Record) -> Record:
+        done = {lefts[core]: (b.flatten(1) @ y[core]).reshape(b.shape) for core, b in fixed.items()}
+        return done | {name: t for name, t in y.items() if name not in fixed}
+
+    first = next(iter(fixed.values()))
+    none = first.new_zeros(0)
+    return Split(layout, empty, empty, layout.flatten(shared, first.dtype).to(first.device), none, none, join)
 
 
 def _kinds(split: Split, ranks: tuple[int, ...]) -> Split:
