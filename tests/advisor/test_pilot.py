@@ -88,8 +88,17 @@ def test_whole_epochs():
     assert p.steps == pytest.approx(25) and torch.isfinite(p.messages).all()
 
 
-def test_a_base_that_moves_is_refused():
+@pytest.mark.parametrize(
+    ("fields", "operator", "message"),
+    [
+        ({}, "fedex", "merges into the frozen base"),
+        ({"rank": 2, "ranks": (1, 2)}, "rbla", "with one rank"),
+        ({"share": "alternate"}, "tangent", "that changes by rounds"),
+    ],
+)
+def test_unlike_messages_are_refused(fields, operator, message):
     pytest.importorskip("peft", reason="partition lora needs peft: pip install 'taciturn[lora]'")
-    method = Method(partition=partition.lora(rank=2, targets="stem"), aggregator=aggregation.low_rank(operator="fedex"))
-    with pytest.raises(MethodError, match="merges into the frozen base"):
+    part = partition.lora(**({"rank": 2, "targets": "stem"} | fields))
+    method = Method(partition=part, aggregator=aggregation.low_rank(operator=operator))
+    with pytest.raises(MethodError, match=message):
         run_pilot(Experiment(Task(Net, make_federation()), method, rounds=4))

@@ -18,7 +18,7 @@ from drive import drive
 from taciturn import Broadcast, Experiment, Task, aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
 from taciturn.core import random
-from taciturn.core.errors import ConfigError, MethodError
+from taciturn.core.errors import ConfigError, MethodError, ModelError
 from taciturn.core.state import equal
 from taciturn.method import Method
 from taciturn.wire import nbytes
@@ -229,6 +229,25 @@ def test_workers_hold_the_base_too(task):
     two, runner, *_ = drive(task, method, "sequential", rounds=3, workers=2)
     runner.crew.close()
     assert torch.equal(one.x, two.x)
+
+
+class Tied(nn.Module):
+    """A table that is the head too, and a grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.stem, self.head = nn.Embedding(3, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.conv = nn.Conv1d(6, 6, 1, groups=2)
+        self.head.weight = self.table.weight
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+@pytest.mark.parametrize("layer", ["table", "conv"])
+def test_a_layer_that_cannot_take_products_is_refused(layer):
+    part = partition.lora(rank=2, targets=("stem", layer))
+    method = METHOD.replace(partition=part, aggregator=part_of("fedex"))
+    with pytest.raises(ModelError, match=f"^{layer}: a grouped convolution, or a weight that another layer uses too"):
+        method.split(part.prepare(Tied()), frozenset())
 
 
 @pytest.mark.parametrize(

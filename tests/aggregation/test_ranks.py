@@ -134,8 +134,41 @@ def test_one_rank_for_all_is_no_kind(aggregator, task):
     assert torch.equal(one.x, two.x) and traffic == other
 
 
-def test_flora_loses_nothing_of_unlike_ranks():
-    doubles = Task(Mixed, make_federation()).build(0, prepare=PART.prepare, dtype=torch.float64)
+@pytest.fixture(scope="module")
+def doubles():
+    return Task(Mixed, make_federation()).build(0, prepare=PART.prepare, dtype=torch.float64)
+
+
+def test_one_client_of_a_small_rank_loses_nothing(doubles):
+    """N = 1: the product that the server goes on from, of the largest rank, is the client's; what is beyond can learn."""
+    spy = Spy(AGGREGATORS["product_svd"])
+    method = METHOD.replace(aggregator=spy, participation=participation.cyclic(count=1))
+    state, *_ = drive(doubles, method, rounds=1)
+    ((row, _),) = spy.rounds[0]
+    now, then = spy.layout.views(state.x), spy.layout.views(row)
+    for b, a in pairs_of(spy.layout).values():
+        torch.testing.assert_close(*(v[b].flatten(1) @ v[a].flatten(1) for v in (now, then)), rtol=1e-9, atol=1e-12)
+        assert (now[a].flatten(1).norm(dim=1) > 0).all()
+
+
+def test_workers_hold_what_their_kind_holds(task):
+    method = METHOD.replace(aggregator=AGGREGATORS["flora"])
+    one, *_ = drive(task, method, rounds=2)
+    two, runner, *_ = drive(task, method, rounds=2, workers=2)
+    runner.crew.close()
+    assert torch.equal(one.x, two.x)
+
+
+@pytest.mark.parametrize("down", [Broadcast(codecs.identity()), Broadcast(codecs.quantize8(), "change")])
+def test_an_average_is_evaluated_at_every_rank(down):
+    method = METHOD.replace(server=server.averaged(server.sgd()), broadcast=down)
+    experiment = Experiment(Task(Mixed, make_federation()), method, rounds=3, evaluate_clients_every=1, evaluate_on="train")
+    one, two = (taciturn.run(experiment.replace(engine=engine)) for engine in ("sequential", "loopback"))
+    assert [line["spread"] for line in one.history] == [line["spread"] for line in two.history]
+    assert [line["traffic"] for line in one.history] == [line["traffic"] for line in two.history]
+
+
+def test_flora_loses_nothing_of_unlike_ranks(doubles):
     spy = Spy(AGGREGATORS["flora"])
     state, *_ = drive(doubles, METHOD.replace(aggregator=spy), rounds=1)
     rows, weights = zip(*spy.rounds[0], strict=True)

@@ -94,10 +94,11 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     began = time.perf_counter()
     run = prepare(experiment.replace(method=experiment.method.encoded(identity()), evaluate_on="train"))
     work, sizes, method, key = run.work, run.task.train.sizes, run.experiment.method, run.key
-    require(
-        not work.split.kinds,
-        "advise: clients that work on unlike parts of the model send unlike messages; give all one rank",
-    )
+    if work.split.kinds:
+        raise MethodError(
+            "advise: clients of this partition work on unlike parts of x, or on one that changes by rounds, "
+            'so their messages are not alike; advise lora(share = "both") with one rank'
+        )
     if work.split.base.names:
         raise MethodError(
             f"advise: {method.aggregator} merges into the frozen base, which moves under the pilot's messages; advise "

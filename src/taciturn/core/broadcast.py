@@ -37,6 +37,13 @@ def _newest(log: tuple[tuple[int, Payload], ...]) -> dict[int, tuple[int, Payloa
     return {int(payload[PIECE]): (version, payload) for version, payload in log}
 
 
+def renumbered(cast: Cast, version: int) -> Cast:
+    """The same publication under another version, of every kind of client."""
+    log = tuple((version, payload) for _, payload in cast.log)
+    kinds = tuple(one and renumbered(one, version) for one in cast.kinds)
+    return replace(cast, version=version, log=log, kinds=kinds)
+
+
 @dataclass(frozen=True, slots=True)
 class Broadcast:
     """How the model goes down: a codec, and whether it encodes the model or its change."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from taciturn.client import Work
 from taciturn.core import random
+from taciturn.core.broadcast import renumbered
 from taciturn.core.errors import AllClientsFailed, ConfigError, DataError, RunError
 from taciturn.core.state import State, tree_map
 from taciturn.core.types import Cast, Payload
@@ -227,7 +228,7 @@ def _cast(run: _Run) -> Cast:
     if server.model is not server.x:
         cast = broadcast.publish(server.model, server.round, None, split.layout, key, kinds=split.kinds)
         version = server.cast.version + 1 if server.cast else 0  # newer than what any client holds
-        return replace(cast, version=version, log=tuple((version, payload) for _, payload in cast.log))
+        return renumbered(cast, version)
     cast = broadcast.publish(server.x, server.round, server.cast, split.layout, key, server.merges, split.kinds)
     run.server = replace(server, cast=cast)
     return cast
