@@ -34,7 +34,7 @@ def method_of(name, **parts):
     part, aggregator = PARTS[name]
     method = Method(
         partition=part, aggregator=aggregator, participation=participation.uniform(count=3),
-        solver=solvers.sgd(lr=0.1), batch_size=8, sync=sync.every(epochs=2),
+        solver=solvers.sgd(lr=0.2), batch_size=16, sync=sync.every(epochs=1),
     )  # fmt: skip
     return method.replace(**parts)
 
@@ -60,9 +60,9 @@ def products(method, task, x):
 @pytest.mark.parametrize("name", PARTS)
 def test_engines_agree(name, tasks):
     method, faults = method_of(name), {"lose": lambda r, i: (3 * r + i) % 5 == 0}
-    state, _, stats, traffic = drive(tasks[name], method, rounds=6, **faults)
-    wired, wire, _, wire_traffic = drive(tasks[name], method, "loopback", rounds=6, **faults)
-    stacked, _, _, stacked_traffic = drive(tasks[name], method, "stacked", rounds=6, block=2, **faults)
+    state, _, stats, traffic = drive(tasks[name], method, rounds=4, **faults)
+    wired, wire, _, wire_traffic = drive(tasks[name], method, "loopback", rounds=4, **faults)
+    stacked, _, _, stacked_traffic = drive(tasks[name], method, "stacked", rounds=4, block=2, **faults)
     assert torch.equal(state.x, wired.x) and traffic == wire_traffic == stacked_traffic
     assert equal(state.cast.held, wired.cast.held) and any(stat.left_out for stat in stats)
     assert float((state.x - stacked.x).norm() / state.x.norm()) <= 1e-3
@@ -130,7 +130,7 @@ def test_alternating_factors_compose(parts, tasks):
     assert torch.equal(state.x, wired.x) and traffic == same
 
 
-@pytest.mark.parametrize("engine", ["loopback", "stacked"])
+@pytest.mark.parametrize("engine", ["loopback"])
 def test_a_resumed_run_ends_in_the_same_bits(engine, tmp_path):
     experiment = Experiment(
         Task(Mixed, make_federation()), method_of("rolora"), rounds=3, engine=engine, evaluate_clients_every=1

@@ -390,10 +390,8 @@ def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None
         if run.engine.clients.moved_on():
             raise RunError(f"{folder} was resumed, and its clients have moved on; ask the result of the resumed run")
         i = torch.tensor([names.index(name)])
-        own, kind = (
-            run.engine.store.read(i),
-            split.kinds[int(split.kind_of(run.server.round, i))] if split.kind_of else Kind(),
-        )
+        own = run.engine.store.read(i)
+        kind = split.kinds[int(split.kind_of(run.server.round, i))] if split.kind_of else Kind()
         x = held["x"] if kind.holds is None else kind.holds.fill(kind.holds.cut(held["x"]))
         return tensors(x, own["v"][0], own["b"][0])
 
