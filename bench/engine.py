@@ -154,7 +154,7 @@ class Bench:
         ids = self.method.participation.draw(self.server.round, key, torch.ones(len(self.sizes), dtype=torch.bool))
         began = time.process_time()
         sizes = self.sizes[ids]
-        self.server, stats = fed_round(self.server, ids, sizes, self.method, self.engine, self.split.layout, key)
+        self.server, stats = fed_round(self.server, ids, sizes, self.method, self.engine, self.split, key)
         self.engine.post.ledger.close_round()
         self.seconds.append(time.process_time() - began)
         self.steps = int(stats.steps.sum())

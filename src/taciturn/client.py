@@ -7,7 +7,7 @@ tracked buffers; own = what it keeps between rounds {v, b, solver, tx, steps}; l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,21 +16,53 @@ from taciturn.core import random
 from taciturn.core.random import Key
 from taciturn.core.state import State, where
 from taciturn.core.types import Batch, Codec, Payload, Record, Solver, Split, Task
-from taciturn.core.vector import Vector
+from taciturn.core.vector import Kind, Layout, Vector
 
 
 @dataclass(frozen=True)
 class Work:
-    """The static part of a client's work: the same for all clients of a kind and all rounds of a run."""
+    """The static part of a client's work: the same for all clients of a kind and all rounds of a run.
+
+    number: of the kind in `split.kinds`. What a codec keeps is a record by kind where there are several.
+    """
 
     task: Task
     split: Split
     solver: Solver
     codec: Codec
+    number: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """Which coordinates these clients train and hold."""
+        return self.split.kinds[self.number] if self.split.kinds else Kind()
+
+    @property
+    def layout(self) -> Layout:
+        """Of the vector that they send."""
+        return self.split.layout if self.kind.trains is None else self.kind.trains.layout
+
+    def each_kind(self) -> list[Work]:
+        """The work of every kind."""
+        return [replace(self, number=k) for k in range(len(self.split.kinds))] or [self]
+
+    def memory(self) -> tuple[State, State]:
+        """What the codec keeps at the sender and at the receiver, fresh, of all kinds."""
+        found = [self.codec.init(work.layout) for work in self.each_kind()]
+        tx, rx = ({str(k): one[side] for k, one in enumerate(found)} for side in (0, 1))
+        return (tx, rx) if self.split.kinds else found[0]
+
+    def mine(self, memory: State) -> State:
+        """This kind's part of a memory."""
+        return memory[str(self.number)] if self.split.kinds else memory
+
+    def kept(self, memory: State, mine: State) -> State:
+        """The memory with a new part of this kind."""
+        return memory | {str(self.number): mine} if self.split.kinds else mine
 
     def newcomer(self) -> State:
         """What a client owns before its first round."""
-        tx, _ = self.codec.init(self.split.layout)
+        tx, _ = self.memory()
         steps = torch.zeros((), dtype=torch.int64, device=self.split.x0.device)
         own = {"v": self.split.v0, "b": self.split.b0, "solver": self.solver.init(self.split), "tx": tx}
         return own | {"steps": steps}
@@ -65,9 +97,13 @@ def step(work: Work, held: State, local: State, batch: Batch, key: Key, lr_scale
         views = split.layout.views(y), split.personal.views(v)
         (g_y, g_v), (value, b) = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(*views)
         buffers.append(b)
-        return value, split.layout.flatten(g_y, y.dtype), split.personal.flatten(g_v, v.dtype)
+        g = split.layout.flatten(g_y, y.dtype)
+        g = g if work.kind.trains is None else torch.where(work.kind.trains.mask, g, 0.0)
+        return value, g, split.personal.flatten(g_v, v.dtype)
 
     solver, loss = work.solver.step(local["solver"], batch, oracle, lr_scale)
+    if work.kind.trains is not None:
+        solver = solver | {"y": torch.where(work.kind.trains.mask, solver["y"], local["start"])}
     b = buffers[-1] if split.buffers.d else local["b"]
     return local | {"solver": solver, "b": b, "done": local["done"] + 1, "loss": local["loss"] + loss}
 
@@ -85,16 +121,11 @@ def drift(work: Work, local: State) -> Vector:
 def collect(work: Work, local: State, u: Vector, own: State, key: Key) -> tuple[Payload, Record, State]:
     """(encoded update, stats that ride on it, what the client owns once the upload is accepted), given its drift u."""
     message, solver = work.solver.message(local["solver"], u)
-    payload, tx = work.codec.encode(message, own["tx"], key, layout=work.split.layout, knobs={})
+    message = message if work.kind.trains is None else work.kind.trains.cut(message)
+    payload, tx = work.codec.encode(message, work.mine(own["tx"]), key, layout=work.layout, knobs={})
     stats = {"loss": local["loss"] / local["done"].clamp(min=1), "steps": local["done"].to(torch.int32)}
-    kept = {
-        "v": local["solver"]["v"],
-        "b": local["b"],
-        "solver": solver,
-        "tx": tx,
-        "steps": own["steps"] + local["done"],
-    }
-    return payload, stats, kept
+    kept = {"v": local["solver"]["v"], "b": local["b"], "solver": solver, "tx": work.kept(own["tx"], tx)}
+    return payload, stats, kept | {"steps": own["steps"] + local["done"]}
 
 
 def batches(key: Key, size: Tensor, first: Tensor, steps: int, batch: int, widest: int) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from taciturn.aggregation import low_rank, mean, running, weighted
+from taciturn.aggregation.low_rank import OPERATORS, pairs_of
 from taciturn.codecs import difference, identity
 from taciturn.core.broadcast import Broadcast
-from taciturn.core.errors import MethodError, require
+from taciturn.core.errors import MethodError, ModelError, require
 from taciturn.core.types import (
     Aggregator,
     Codec,
@@ -20,6 +23,7 @@ from taciturn.core.types import (
     Partition,
     ServerOptimizer,
     Solver,
+    Split,
     SyncRule,
 )
 from taciturn.core.vector import Layout
@@ -52,6 +56,59 @@ def _check_gauge(aggregator: Aggregator, server: ServerOptimizer) -> None:
             f"server = {server} would step from the old ones to them; use server = sgd(lr = 1), or operator = "
             '"factor_mean" or "tangent"'
         )
+
+
+def _check_merges(aggregator: Aggregator, server: ServerOptimizer, broadcast: Broadcast) -> None:
+    """Update and merge are two halves of one change: the server applies the first as it is, and both arrive exactly."""
+    if not merges(aggregator):
+        return
+    if server != server_sgd(lr=1.0):
+        raise MethodError(
+            f"method: aggregator = {aggregator} merges into the frozen base what its pair of factors leaves out, and "
+            f"server = {server} would step elsewhere than to that pair; use server = sgd(lr = 1)"
+        )
+    if broadcast.codec.lossy:
+        raise MethodError(
+            f"method: aggregator = {aggregator} merges into the frozen base what its pair of factors leaves out, and "
+            f"broadcast.codec = {broadcast.codec} would lose a part of the pair; use broadcast.codec = identity"
+        )
+
+
+def _check_kinds(aggregator: Aggregator, split: Split) -> None:
+    """Only some aggregators, and operators, know that a coordinate is not everybody's."""
+    knows = getattr(aggregator, "kinds", False)
+    if isinstance(aggregator, low_rank) and any(kind.holds is not None for kind in split.kinds):
+        knows = OPERATORS[aggregator.operator].unequal and not aggregator.align
+    if not knows:
+        raise MethodError(
+            f"method: aggregator = {aggregator} takes every coordinate for everybody's, and the clients of this partition "
+            "work on unlike parts; use mean, weighted, or low_rank, for unlike ranks without align and with operator = "
+            + ", ".join(f'"{name}"' for name, operator in OPERATORS.items() if operator.unequal)
+        )
+
+
+def _check_common(aggregator: Aggregator, split: Split) -> None:
+    """FedSVD turns a factor that nobody trains; and every layer must be able to take its product, where there are any."""
+    if not isinstance(aggregator, low_rank):
+        return
+    one = len(split.kinds) == 1 and split.kinds[0].trains is not None
+    if OPERATORS[aggregator.operator].common and not one:
+        raise MethodError(
+            f'method: operator = "{aggregator.operator}" is for clients that train B and are sent A; use partition = '
+            'lora(share = "B", rest = "server")'
+        )
+    if merges(aggregator) and split.merging is not None:
+        bad = sorted(set(pairs_of(split.layout)) - set(split.merging.base.names))
+        if bad:
+            raise ModelError(
+                f"{', '.join(bad)}: a grouped convolution, or a weight that another layer uses too, cannot take the "
+                f"products of {aggregator}; leave it out of lora.targets, or choose an operator that does not merge"
+            )
+
+
+def merges(aggregator: Aggregator) -> bool:
+    """True if the changes of this aggregator have products for the frozen base."""
+    return bool(getattr(aggregator, "merges", False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +146,22 @@ class Method:
             )
         _check_running(self.codec, self.aggregator)
         _check_gauge(self.aggregator, self.server)
+        _check_merges(self.aggregator, self.server, self.broadcast)
+
+    def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
+        """The partition's split, that for methods that merge where the aggregator does."""
+        split = self.partition.split(model, tracked)
+        if split.kinds:
+            _check_kinds(self.aggregator, split)
+        _check_common(self.aggregator, split)
+        if not merges(self.aggregator):
+            return split
+        if split.merging is None:
+            raise MethodError(
+                f"method: aggregator = {self.aggregator} merges into layers with adapters whose factors are both shared, "
+                f'and partition = {self.partition} has none; use partition = lora(share = "both")'
+            )
+        return split.merging
 
     def encoded(self, codec: Codec) -> Method:
         """The same method with another codec on the way up; `running` goes with the codec whose memory it kept."""

@@ -15,14 +15,17 @@ from torch import Tensor
 from taciturn.core.errors import AllClientsFailed, require
 from taciturn.core.random import Key, fold
 from taciturn.core.state import State
-from taciturn.core.types import OK, STATUS, Cast, Engine, Plan, Record, SyncRule
+from taciturn.core.types import OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
 from taciturn.core.vector import Layout, Vector
 from taciturn.method import Method
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that the server carries from round to round: rounds done, model, and the state of its parts."""
+    """All that the server carries from round to round: rounds done, model, and the state of its parts.
+
+    merges: what the frozen base takes with the publication of this round's x.
+    """
 
     round: int
     x: Vector
@@ -30,6 +33,7 @@ class ServerState:
     agg: State
     sync: State
     cast: Cast | None = None
+    merges: Merges = field(default_factory=dict)
 
     @property
     def model(self) -> Vector:
@@ -52,9 +56,13 @@ class RoundStats:
     aggregate: dict[str, Any] = field(default_factory=dict)
 
 
-def start(x0: Vector, sizes: Tensor, method: Method) -> ServerState:
-    """The server before the first round. sizes [N]: samples of every client."""
-    return ServerState(0, x0, method.server.init(x0), method.aggregator.init(x0, sizes), method.sync.init(x0))
+def start(x0: Vector, sizes: Tensor, method: Method, base: Layout = Layout((), ())) -> ServerState:
+    """The server before the first round. sizes [N]: samples of every client; base: layers [m, n] that take products."""
+    nothing = {
+        layer: (x0.new_zeros(m, 0), x0.new_zeros(0, n)) for layer, (m, n) in zip(base.names, base.shapes, strict=True)
+    }
+    parts = method.server.init(x0), method.aggregator.init(x0, sizes), method.sync.init(x0)
+    return ServerState(0, x0, *parts, merges=nothing)
 
 
 def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method, sync: State) -> tuple[Plan, Tensor]:
@@ -77,12 +85,13 @@ def train(engine: Engine, rule: SyncRule, sync: State, cast: Cast, plan: Plan, s
 
 
 def fed_round(
-    server: ServerState, ids: Tensor, sizes: Tensor, method: Method, engine: Engine, layout: Layout, key: Key
+    server: ServerState, ids: Tensor, sizes: Tensor, method: Method, engine: Engine, split: Split, key: Key
 ) -> tuple[ServerState, RoundStats]:
     """Server state and a cohort -> the next server state. Errors: `AllClientsFailed`; the state is as before."""
     plan, stride = plan_round(server.round, ids, sizes, method, server.sync)  # 1 work and weight of each client
     down_key = fold(key, "broadcast")
-    cast = method.broadcast.publish(server.x, server.round, server.cast, layout, down_key)  # 2 encode the model once
+    news = server.x, server.round, server.cast, split.layout, down_key, server.merges, split.kinds
+    cast = method.broadcast.publish(*news)  # 2 encode the model once for each kind, and what the base takes
     sync = train(engine, method.sync, server.sync, cast, plan, stride)  # 3-5 send it; local training on every client
     total = method.aggregator.start(server.agg, server.x)
     blocks = []
@@ -99,7 +108,7 @@ def fed_round(
     sync = method.sync.update(sync, plan, found, spent, change)  # 9 the rule's next threshold
     engine.commit(accepted)  # 10 accepted clients keep their new state
     stats = replace(stats, sync=method.sync.tell(sync), aggregate=change.told)
-    return replace(server, round=server.round + 1, x=x, opt=opt, agg=agg, sync=sync, cast=cast), stats
+    return ServerState(server.round + 1, x, opt, agg, sync, cast, change.merges), stats
 
 
 def _gather(blocks: list[tuple[Tensor, Record, Tensor]], ids: Tensor) -> Record:

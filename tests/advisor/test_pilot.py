@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from advisor.toys import experiment, least_squares
-from conftest import make_federation
-from taciturn import Experiment, Method, participation, solvers, sync
+from conftest import Net, make_federation
+from taciturn import Experiment, Method, aggregation, participation, partition, solvers, sync
 from taciturn.advisor import run_pilot
 from taciturn.aggregation import mean
 from taciturn.core.errors import ConfigError, MethodError, RunError
@@ -86,3 +86,19 @@ def test_whole_epochs():
     task, _ = least_squares()
     p = run_pilot(experiment(task, sync=sync.every(epochs=1)), rounds=1, messages=30)
     assert p.steps == pytest.approx(25) and torch.isfinite(p.messages).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "operator", "message"),
+    [
+        ({}, "fedex", "merges into the frozen base"),
+        ({"rank": 2, "ranks": (1, 2)}, "rbla", "with one rank"),
+        ({"share": "alternate"}, "tangent", "that changes by rounds"),
+    ],
+)
+def test_unlike_messages_are_refused(fields, operator, message):
+    pytest.importorskip("peft", reason="partition lora needs peft: pip install 'taciturn[lora]'")
+    part = partition.lora(**({"rank": 2, "targets": "stem"} | fields))
+    method = Method(partition=part, aggregator=aggregation.low_rank(operator=operator))
+    with pytest.raises(MethodError, match=message):
+        run_pilot(Experiment(Task(Net, make_federation()), method, rounds=4))

@@ -151,7 +151,7 @@ def test_personal_parameters_are_in_no_message(shared_task):
         shared_task.train.sizes,
         method,
         engine,
-        split.layout,
+        split,
         random.key(1),
     )
     wire = b"".join(seen)

@@ -63,7 +63,7 @@ def drive(task, m: Method, rounds: int, lose=None, engine: str = "sequential"):
     for r in range(rounds):
         key = random.fold(random.key(0), "round", r)
         ids = m.participation.draw(r, key, torch.ones(N, dtype=torch.bool))
-        state, _ = fed_round(state, ids, torch.ones(N, dtype=torch.int64)[ids], m, runner, split.layout, key)
+        state, _ = fed_round(state, ids, torch.ones(N, dtype=torch.int64)[ids], m, runner, split, key)
         xs.append(state.x.clone())
         cohorts.append(ids.tolist())
     return torch.stack(xs), cohorts, runner, state

@@ -94,6 +94,16 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     began = time.perf_counter()
     run = prepare(experiment.replace(method=experiment.method.encoded(identity()), evaluate_on="train"))
     work, sizes, method, key = run.work, run.task.train.sizes, run.experiment.method, run.key
+    if work.split.kinds:
+        raise MethodError(
+            "advise: clients of this partition work on unlike parts of x, or on one that changes by rounds, "
+            'so their messages are not alike; advise lora(share = "both") with one rank'
+        )
+    if work.split.base.names:
+        raise MethodError(
+            f"advise: {method.aggregator} merges into the frozen base, which moves under the pilot's messages; advise "
+            'the same method with operator = "factor_mean", whose uploads are alike'
+        )
     ids = _sampled(len(sizes), random.fold(key, "pilot"))
     draws = _draws(work.split.layout.d, len(ids), messages)
     with closing(run.engine.crew):
@@ -137,7 +147,7 @@ def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, tup
         key = random.fold(run.key, "round", r)
         ids = method.participation.draw(r, key, torch.ones(len(sizes), dtype=torch.bool))
         start, cohort = time.perf_counter(), len(ids)
-        server, _ = fed_round(server, ids, sizes[ids], method, run.engine, run.work.split.layout, key)
+        server, _ = fed_round(server, ids, sizes[ids], method, run.engine, run.work.split, key)
         seconds.append(time.perf_counter() - start)
         path.append(server.x)
         kinds = run.engine.post.ledger.close_round()["by_kind"]

@@ -155,6 +155,13 @@ def flora(factors: Factors, weights: Weights) -> Pair:
     return stacked(factors, weights)
 
 
+def restart(factors: Factors, rank: int, key: Key) -> Pair:
+    """B = 0 [m, r], and A [r, n] of variance 1 / (3 n) from the key, as LoRA starts."""
+    b, a = factors[0]
+    fresh = random.normal(key, rank, a.shape[1]) * (3 * a.shape[1]) ** -0.5
+    return b.new_zeros(len(b), rank), fresh.to(a)
+
+
 def residual_of(factors: Factors, weights: Weights, pair: Pair) -> Pair:
     """[X, -P] [m, K + r], [Y; Q]: what P Q lacks of M, for W0. With (Bb, Ab) `fedex`, with `product_svd` its residual."""
     x, y = stacked(factors, weights)

@@ -16,24 +16,24 @@ from torch import Tensor, nn
 
 from taciturn.core.random import Key
 from taciturn.core.state import State
-from taciturn.core.vector import Layout, Vector
+from taciturn.core.vector import Kind, Layout, Vector
 
 Record: TypeAlias = dict[str, Tensor]
 Payload: TypeAlias = dict[str, Tensor]  # exactly what goes on the wire, in wire dtypes
+Merges: TypeAlias = dict[str, tuple[Tensor, Tensor]]  # products X [m, K] Y [K, n] for the frozen base, by layer
 Batch: TypeAlias = dict[str, Tensor]  # named tensors [b, ..] and "mask" [b] bool: False marks padding
 Oracle: TypeAlias = Callable[[Vector, Vector, Batch], tuple[Tensor, Vector, Vector]]  # y, v, batch -> loss, g_y, g_v
 
+
 # ---------------------------------------------------------------------------------------------------- records
-
-
 @dataclass(frozen=True)
 class Split:
     """A model cut into what is shared and what stays on the client.
-
     layout/x0: the shared vector [d]; personal/v0: the personal vector [p]; buffers/b0: statistics that the model
     itself updates in training (BatchNorm) [q], always personal. `join(held, shared, personal)` takes the named views of
     y and v and gives the named parameters for `torch.func.functional_call`; `held` is what the client keeps of the last
-    broadcast.
+    broadcast: "x" [d] and, where a method merges products into the frozen layers of `base` [m, n], their sum "base".
+    merging: the split for such methods. kinds: of clients that work on parts of x; kind_of: round, ids [m] -> [m] int64.
     """
 
     layout: Layout
@@ -43,12 +43,15 @@ class Split:
     v0: Vector
     b0: Vector
     join: Callable[[State, Record, Record], Record]
+    base: Layout = Layout((), ())
+    merging: Split | None = None
+    kinds: tuple[Kind, ...] = ()
+    kind_of: Callable[[int, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """What differs between the clients of a cohort, as data. Every tensor is [M], in the order of `ids`.
-
     epoch_steps: local steps of one pass over its data; limit: steps after which a client halts by itself; weights: what
     it counts in the average; lr_scale: factor of the client learning rate in this round (a schedule).
     """
@@ -67,9 +70,8 @@ STATUS = ("ok", "loss not finite", "update not finite", "no answer")
 
 @dataclass(frozen=True)
 class Block:
-    """Decoded messages of m clients of equal shape. `start` [m, d] is what each client HELD, not the server's x.
-
-    A linear aggregator may get them already summed: then `updates` has no rows, and `total` is their weighted sum.
+    """Decoded messages of m clients of equal shape. `start` [m, d] is what each client HELD, not the server's x. A linear
+    aggregator may get them already summed: then `updates` has no rows, and `total` is their weighted sum.
     """
 
     ids: Tensor  # [m] int64
@@ -80,6 +82,7 @@ class Block:
     stats: dict[str, Tensor]  # {name: [m]}
     status: Tensor  # [m] int64, index into STATUS
     total: Tensor | None = None  # [d]
+    kind: Kind = Kind()  # of all m clients: updates are zero outside kind.trains, start outside kind.holds
 
     def sum(self) -> Tensor:
         """Sum over clients of weight times update [d]."""
@@ -88,18 +91,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Change:
-    """What the server applies: an update of x [d], and low-rank products X Y for the frozen base, by name."""
+    """What the server applies: an update of x [d], and low-rank products X Y for the frozen base."""
 
     update: Vector
-    merges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    merges: Merges = field(default_factory=dict)
     told: dict[str, Any] = field(default_factory=dict)  # what the record keeps of the aggregation
 
 
 @dataclass(frozen=True)
 class Observations:
-    """What came back during a round: payload [M, ..] by name, which clients were heard, which are still training.
-
-    Rows of clients that were not heard mean nothing. done: local steps of each; spent: of this round so far.
+    """What came back during a round: payload [M, ..] by name, which clients were heard, which are still training. Rows of
+    clients that were not heard mean nothing. done: local steps of each; spent: of this round so far.
     """
 
     payload: Payload
@@ -111,8 +113,8 @@ class Observations:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a client of the cohort spent on a round, in the mean: bytes `up` and `down` (without what is sent once),
-    round trips, and the seconds of one local step, by this machine's clock (0 before the first).
+    """What a client of the cohort spent on a round, in the mean: bytes `up` and `down` (without what is sent once), round
+    trips, and the seconds of one local step, by this machine's clock (0 before the first).
     """
 
     up: float = 0.0
@@ -124,15 +126,17 @@ class Spent:
 @dataclass(frozen=True)
 class Cast:
     """A published model: its version, what every receiver of that version holds, and the frames that lead there.
-
-    log: (version, payload) in order; a receiver at version s applies every frame with a version above s.
-    source: the server round whose x this is; publishing the same x twice is one publication.
+    log: (version, payload) in order; a receiver at version s applies every frame with a version above s. merges: the
+    same for the base. source: the server round whose x this is; publishing the same x twice is one publication. kinds: of
+    each kind of client the cast of what it holds; None: this one.
     """
 
     version: int
     source: int
     held: State
     log: tuple[tuple[int, Payload], ...] = ()
+    merges: tuple[tuple[int, Payload], ...] = ()
+    kinds: tuple[Cast | None, ...] = ()
 
 
 # -------------------------------------------------------------------------------------------------- protocols
@@ -152,7 +156,6 @@ class Partition(Protocol):
 
 class Codec(Protocol):
     """HOW a vector is encoded: C(u) = decode(encode(u)). `tx` is state of the sender, `rx` of the receiver.
-
     Where theory knows more, a codec also has `linear_map(d) -> (a, b, c) | None`, with E[C(u)C(u)'] = a uu' + b Diag(u^2)
     + c |u|^2 I for every u, or `variance(u [.., d]) -> [.., d]`, the diagonal of a covariance of C(u) that is diagonal.
     """
@@ -214,7 +217,6 @@ class Solver(Protocol):
 
     def affine(self) -> tuple[float, float] | None:
         """(lr, mu) if a step is y <- y - lr (g + mu (y - x)) and nothing else, so that an engine may fuse it; else None.
-
         An engine that fuses the steps knows u and keeps no y: `message` must not read local["y"].
         """
         ...
@@ -243,9 +245,7 @@ class SyncRule(Protocol):
         ...
 
     def observe(self, u: Vector, told: Record, signal: Payload) -> tuple[Payload, Tensor]:
-        """On a client, after a stride: (a few bytes, go on [] bool). u [d] its drift; told: "done" [] its local steps,
-        "loss" [] the sum of their losses.
-        """
+        """On a client, after a stride: (a few bytes, go on [] bool). u [d] drift; told: "done" [], "loss" [] summed."""
         ...
 
     def watch(self, seen: Observations, plan: Plan, state: State) -> tuple[Tensor | None, State]:
@@ -262,7 +262,9 @@ class SyncRule(Protocol):
 
 
 class Aggregator(Protocol):
-    """Many -> one. `linear`: a weighted sum of updates is enough, so blocks may arrive already summed."""
+    """Many -> one. `linear`: a weighted sum of updates is enough, so blocks may arrive already summed. One whose changes
+    have `merges` has `merges = True`; one that knows blocks of several kinds has `kinds = True`.
+    """
 
     @property
     def linear(self) -> bool: ...
@@ -292,7 +294,6 @@ class ServerOptimizer(Protocol):
     """FedOpt: x <- step(x, -update). State named "average" [d], if there is any, is the model to evaluate and to keep."""
 
     def init(self, x: Vector) -> State: ...
-
     def step(self, x: Vector, update: Vector, state: State) -> tuple[Vector, State]: ...
 
 
@@ -317,7 +318,6 @@ class Clients(Protocol):
 
     def fetch(self, ids: Tensor, index: Tensor, keys: Key | None = None) -> Batch:
         """Samples `index` [m, b] of clients `ids` [m] -> named tensors [m, b, ..].
-
         keys [m]: of this client and step, for data sets that draw at random while they are read (augmentation).
         """
         ...

@@ -34,7 +34,7 @@ class Evaluated:
     def build(cls, work: Work, model: nn.Module, data: Clients, keep: int) -> Evaluated | None:
         """None where the model cannot be cut, or nothing is frozen."""
         split, task = work.split, work.task
-        if keep <= 0 or split.buffers.d or not task.plain:
+        if keep <= 0 or split.buffers.d or split.base.names or not task.plain:
             return None
         try:
             names = [name for layout in in_model(split) for name in layout.names]

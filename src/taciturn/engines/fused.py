@@ -127,6 +127,9 @@ class Fused:
             raise Refusal(task.sequential_only or "it keeps running statistics")
         if not task.plain:
             raise Refusal("it is called by a forward of your own")
+        if split.base.names or split.kinds:
+            why = "its frozen base takes products in every round" if split.base.names else "its clients train unlike parts"
+            raise Refusal(why)
         self.work = work
         self._shared, self._personal = in_model(split)
         names = frozenset(self._shared.names + self._personal.names)

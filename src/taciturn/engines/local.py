@@ -34,7 +34,7 @@ from taciturn.core.types import (
     Spent,
 )
 from taciturn.engines.crew import Crew
-from taciturn.engines.post import Post
+from taciturn.engines.post import Post, widened
 from taciturn.engines.store import ClientStore
 from taciturn.engines.train import Job, Lift, Upload
 from taciturn.method import Method
@@ -50,6 +50,7 @@ class _Group:
     ids: Tensor
     held: State
     live: Tensor
+    kind: int = 0
     sent: bool = False
 
 
@@ -73,7 +74,8 @@ class LocalEngine:
         self.work, self.method, self.post, self.clients, self.crew = work, method, post, clients, crew
         self.block, self._least = block, least
         self.store = clients.table("own", work.newcomer())
-        self._receivers = clients.table("receiver", work.codec.init(work.split.layout)[1])
+        self._receivers = clients.table("receiver", work.memory()[1])
+        self._works = work.each_kind()
         self._lift, self._lose, self._summed = lift, lose, summed
         self._groups: list[_Group] = []
         self._pending: list[tuple[Tensor, State, State]] = []
@@ -90,13 +92,13 @@ class LocalEngine:
         self.clients.touch(plan.ids)
         self.post.enrol(plan.ids, self.work.task.train.sizes[plan.ids])
         order = torch.argsort(plan.limit, descending=True, stable=True)  # blocks of equal length, the longest first
-        for where in torch.split(order, self._size(len(order))):
+        for kind, where in self._blocks(self._kinds(plan.round, plan.ids), order):
             ids = plan.ids[where]
-            held = self.post.model("model", ids, cast)
-            self._groups.append(_Group(where, ids, held, torch.ones(len(ids), dtype=torch.bool)))
+            held = self._send("model", ids, cast, kind)
+            self._groups.append(_Group(where, ids, held, torch.ones(len(ids), dtype=torch.bool), kind))
         if signal and self.method.sync.observer != "server":  # else it goes with the first stride
             self._say(signal)
-        self.crew.begin(cast.held, plan.round, plan.lr_scale, signal)
+        self.crew.begin(self._held(cast), plan.round, plan.lr_scale, signal)
         self.post.ledger.exchange()
 
     def _say(self, told: Payload, steps: Tensor | None = None) -> None:
@@ -106,6 +108,26 @@ class LocalEngine:
             rows = {name: value.expand(int(live.sum()), *value.shape) for name, value in told.items()}
             rows |= {} if steps is None else {"steps": steps[live].to(torch.int32)}
             self.post.message("down", "monitor", self._plan.ids[live], rows)
+
+    def _kinds(self, round: int, ids: Tensor) -> Tensor:
+        """The kind of each client in a round [m]."""
+        kind_of = self.work.split.kind_of
+        return torch.zeros_like(ids) if kind_of is None else kind_of(round, ids)
+
+    def _blocks(self, kinds: Tensor, order: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Places in this order, cut into blocks of one kind of client each. kinds [m]: by place."""
+        for kind in sorted(set(kinds.tolist())):
+            for where in torch.split(order[kinds[order] == kind], self._size(len(order))):
+                yield kind, where
+
+    def _send(self, why: str, ids: Tensor, cast: Cast, kind: int) -> State:
+        """The frames that clients of a kind lack -> what they hold."""
+        return self.post.model(why, ids, cast_of(cast, kind), self._works[kind].kind.holds)
+
+    def _held(self, cast: Cast) -> State:
+        """What is held, for the crew: of all that hold x, and by kind of those that hold a part."""
+        own = {str(k): widened(one.held, self._works[k].kind.holds) for k, one in enumerate(cast.kinds) if one is not None}
+        return cast.held | ({"kinds": own} if own else {})
 
     def _size(self, m: int) -> int:
         """Clients of each block: few and equal blocks, of at most `block` clients, and at least as many as workers."""
@@ -167,7 +189,7 @@ class LocalEngine:
         if group.sent:
             return None
         group.sent = True
-        return Job(group.ids, group.held, self.store.read(group.ids), self._plan.limit[group.where])
+        return Job(group.ids, group.held, self.store.read(group.ids), self._plan.limit[group.where], group.kind)
 
     def collect(self) -> Iterator[Block]:
         """Upload, decode, check: one block after the other, so that a cohort need not fit in memory."""
@@ -203,10 +225,12 @@ class LocalEngine:
 
     def _receive(self, group: _Group, payload: Payload, stats: Record, upload: Upload) -> Block:
         """The server's half: decode, and set aside what is not finite (0 x NaN is NaN, so rows are zeroed)."""
-        layout, total = self.work.split.layout, None
-        rx = self._receivers.read(group.ids)
+        work, total = self._works[group.kind], None
+        layout, kind, memory = self.work.split.layout, work.kind, self._receivers.read(group.ids)
+        rx = work.mine(memory)
         if upload.finite is None:
-            updates, rx = self._lift(lambda p, r: self.work.codec.decode(p, r, layout=layout))(payload, rx)
+            updates, rx = self._lift(lambda p, r: self.work.codec.decode(p, r, layout=work.layout))(payload, rx)
+            updates = updates if kind.trains is None else kind.trains.fill(updates)
             finite = _finite(updates)
         else:
             total, _ = self.work.codec.decode({name: t[0] for name, t in payload.items()}, {}, layout=layout)
@@ -220,9 +244,9 @@ class LocalEngine:
         if total is None and not good.all():
             updates = torch.where(good.unsqueeze(1), updates, 0.0)
         weights = torch.where(good, self._plan.weights[group.where].to(updates.device), 0.0)
-        self._pending.append((group.ids, upload.kept, rx))
+        self._pending.append((group.ids, upload.kept, work.kept(memory, rx)))
         start = group.held["x"].to(updates.dtype).expand(len(group.ids), -1)
-        return Block(group.ids, start, updates, weights, layout, stats, status, total)
+        return Block(group.ids, start, updates, weights, layout, stats, status, total, kind)
 
     def commit(self, accepted: Tensor) -> None:
         """Accepted clients own their new state; the others stay as if they had not been drawn."""
@@ -239,18 +263,19 @@ class LocalEngine:
         The model's way down and the sums' way up are counted as "evaluate"; the client does not keep this model, so an
         evaluation never saves a later round its bytes.
         """
-        parts = torch.split(ids, self._size(len(ids)))
-        self.crew.begin(cast.held, cast.source, 1.0, {})
+        blocks = list(self._blocks(self._kinds(cast.source, ids), torch.arange(len(ids))))
+        self.crew.begin(self._held(cast), cast.source, 1.0, {})
         self.post.expect(ids)
 
-        def job(number: int, part: Tensor) -> tuple[int, Job, str]:
-            held = self.post.model("evaluate", part, cast)
-            return number, Job(part, held, self.store.read(part), torch.zeros_like(part)), split
+        def job(number: int, kind: int, part: Tensor) -> tuple[int, Job, str]:
+            held = self._send("evaluate", part, cast, kind)
+            return number, Job(part, held, self.store.read(part), torch.zeros_like(part), kind), split
 
-        measured = self.crew.each("measure", (job(number, part) for number, part in enumerate(parts)))
-        found = [self.post.message("up", "evaluate", part, sums) for part, sums in zip(parts, measured, strict=True)]
+        measured = self.crew.each("measure", (job(n, kind, ids[where]) for n, (kind, where) in enumerate(blocks)))
+        told = [self.post.message("up", "evaluate", ids[at], sums) for (_, at), sums in zip(blocks, measured, strict=True)]
         self.post.ledger.exchange()
-        return {name: torch.cat([sums[name] for sums in found]).cpu() for name in found[0]}
+        order = torch.argsort(torch.cat([where for _, where in blocks]))
+        return {name: torch.cat([sums[name] for sums in told]).cpu()[order] for name in told[0]}
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
@@ -261,6 +286,12 @@ class LocalEngine:
     def restore(self, state: State) -> None:
         """The inverse of `export`."""
         self.post.restore(state["post"])
+
+
+def cast_of(cast: Cast, kind: int) -> Cast:
+    """The cast of what clients of a kind hold."""
+    own = cast.kinds[kind] if cast.kinds else None
+    return cast if own is None else own
 
 
 def _finite(updates: Tensor) -> Tensor:

@@ -238,7 +238,10 @@ def build(
     keep_freed_memory()
     wired, lift, split = path.name == "loopback", one if path.path == SINGLE else many, work.split
     clients = ClientStore(len(work.task.train.sizes))
-    post = Post(Wired() if wired else Direct(), method.broadcast, split.layout, clients, split.x0, copies=wired)
+    carrier = Wired() if wired else Direct()
+    post = Post(
+        carrier, method.broadcast, split.layout, clients, split.x0, copies=wired, base=split.base, kinds=split.kinds
+    )
     parts = work, method.sync, method.batch_size, key
     crew: Crew
     if path.name == "ray":

@@ -7,6 +7,7 @@ client is a row of the store: the version it acknowledged (-1: none) and a bit f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from taciturn.core.errors import WireError
 from taciturn.core.payload import nbytes
 from taciturn.core.state import State, row, stack, tree_map
 from taciturn.core.types import Cast, Payload
-from taciturn.core.vector import Layout, Vector
+from taciturn.core.vector import Kind, Layout, Part, Vector, pieces_of
 from taciturn.engines.store import ClientStore
 from taciturn.wire.format import FRAME, Schema
 from taciturn.wire.ledger import Ledger
@@ -37,15 +38,30 @@ class Carrier(Protocol):
         ...
 
 
+def widened(held: State, part: Part | None) -> State:
+    """What is held of a part of x, as x [d] with zeros elsewhere."""
+    return held if part is None else held | {"x": part.fill(held["x"])}
+
+
 class Post:
     """Messages, acknowledged versions and the ledger.
 
     copies: each client keeps its own copy of the model, built from nothing but the bytes it got (loopback); else all
-    share the server's record of what a receiver of the newest version holds, which is the same by the same text.
+    share the server's record of what a receiver of the newest version holds, which is the same by the same text. base:
+    layers that take products, at zero before the first; kinds: of clients.
     """
 
     def __init__(
-        self, carrier: Carrier, broadcast: Broadcast, layout: Layout, clients: ClientStore, x0: Vector, *, copies: bool
+        self,
+        carrier: Carrier,
+        broadcast: Broadcast,
+        layout: Layout,
+        clients: ClientStore,
+        x0: Vector,
+        *,
+        copies: bool,
+        base: Layout = Layout((), ()),
+        kinds: Sequence[Kind] = (),
     ) -> None:
         self.ledger, self.carrier = Ledger(), carrier
         self._broadcast, self._layout = broadcast, layout
@@ -54,7 +70,10 @@ class Post:
         self._bits: dict[str, int] = {}  # what is sent once -> its bit of "met"
         self._schemas: dict[str, Schema] = {}  # by way and id, to introduce them again after a restart
         self._apart = copies
-        self._copies = clients.table("copy", {"x": x0}) if copies and broadcast.of == "change" else None
+        self._newcomer: State = {"base": base.views(x0.new_zeros(base.d))} if base.names else {}
+        self._pieces = pieces_of(layout, kinds)
+        kept = copies and (broadcast.of == "change" or self._newcomer or self._pieces)
+        self._copies = clients.table("copy", {"x": x0} | self._newcomer) if kept else None
         self._arrived: dict[int, State] = {}
         self.round = 0
 
@@ -90,27 +109,32 @@ class Post:
         if len(fresh):
             self.message("up", "setup", fresh, {"samples": samples[torch.isin(ids, fresh)]})
 
-    def model(self, kind: str, ids: Tensor, cast: Cast) -> State:
-        """Each client gets the frames it lacks (a bare header if none) -> what a client of this block now holds."""
+    def model(self, kind: str, ids: Tensor, cast: Cast, part: Part | None = None) -> State:
+        """Each client gets the frames it lacks (a bare header if none) -> what a client of this block now holds.
+
+        part: of x, which the cast is of and these clients hold.
+        """
         versions, held = self.versions(ids), cast.held
+        layout = self._layout if part is None else part.layout
         for since in dict.fromkeys(versions.tolist()):
             clients = ids[versions == since]
             copy = self._copy(clients)
+            copy = copy | {"x": part.cut(copy["x"])} if part is not None and "x" in copy else copy
             for frame in self._broadcast.frames(cast, since) or [{}]:
                 rows = {name: tensor.expand(len(clients), *tensor.shape) for name, tensor in frame.items()}
                 received = self.message("down", kind, clients, rows)
                 if self._apart and frame:
-                    copy = self._broadcast.apply(copy, row(received, 0), self._layout)
+                    copy = self._broadcast.apply(copy, row(received, 0), layout, self._pieces)
             if self._apart:  # a block of one: this client's own copy
                 held = copy
                 if kind == "model":
-                    self._arrived[int(clients[0])] = copy
-        return held
+                    self._arrived[int(clients[0])] = widened(copy, part)
+        return widened(held, part)
 
     def _copy(self, clients: Tensor) -> State:
         """What the client of a block of one has built from the bytes it got."""
         if self._copies is None or not self._copies.written(clients[:1]).all():
-            return {}
+            return self._newcomer
         return row(self._copies.read(clients[:1]), 0)
 
     def versions(self, ids: Tensor) -> Tensor:

@@ -30,12 +30,15 @@ CHUNK = 256  # samples of a client that are evaluated at once
 
 @dataclass(frozen=True)
 class Job:
-    """ids [m]; held: the model they hold; own: their records [m, ..]; limit [m] steps after which each halts, falling."""
+    """ids [m]; held: the model they hold; own: their records [m, ..]; limit [m] steps after which each halts, falling;
+    kind: of client, the same for all.
+    """
 
     ids: Tensor
     held: State
     own: State
     limit: Tensor
+    kind: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class _Part:
     """rows: places in the block of its clients, as the way has them now; value: the way's."""
 
     rows: Tensor
+    way: Way
     value: Any
 
     @property
@@ -115,6 +119,8 @@ class Trainer:
         self.work = work
         self._rule, self._batch = sync, min(batch_size, int(work.task.train.sizes.max()))
         self._key, self.way, self._lift = key, way, lift
+        self._works = work.each_kind()
+        self._ways = [way] if len(self._works) == 1 else [replace(way, work=one) for one in self._works]  # type: ignore[type-var]
         self._open: dict[int, _Open] = {}
 
     def begin(self, held: State, round: int, lr_scale: float, signal: Payload) -> None:
@@ -139,8 +145,8 @@ class Trainer:
         """What the rule sees of a part's clients, once they are back in the order of the block; who is live is noted."""
         self._settle(part)
         u = opened.start.new_empty(len(part.rows), opened.start.shape[1])
-        self.way.drift(part.value, u)
-        local = self.way.record(part.value)
+        part.way.drift(part.value, u)
+        local = part.way.record(part.value)
         told = {name: local[name] for name in ("done", "loss")}
         payload, go = self._lift(lambda u, told: self._rule.observe(u, told, self._signal))(u, told)
         opened.live[part.place] &= go.cpu() & (opened.done < opened.job.limit)[part.place]
@@ -161,16 +167,17 @@ class Trainer:
             if steps is not None:
                 riders.append(self._run(opened, part, steps))
             self._settle(part)
-            records.append(self.way.record(part.value))
+            records.append(part.way.record(part.value))
             if weights is None:
-                self.way.drift(part.value, u[part.place])
+                part.way.drift(part.value, u[part.place])
             else:
                 found, finite[part.place] = self._total(part, records[-1]["loss"], weights[part.place], d)
                 total += found
             part.value = None  # the next part takes its memory
         local: State = tree_map(lambda *t: torch.cat(t), *records) if len(records) > 1 else records[0]
         keys = random.fold(self._key, opened.job.ids, "encode", self._round).to(u.device)
-        upload = Upload(*self._lift(lambda *a: client.collect(self.work, *a))(local, u, opened.job.own, keys))
+        work = self._works[opened.job.kind]
+        upload = Upload(*self._lift(lambda *a: client.collect(work, *a))(local, u, opened.job.own, keys))
         rode = {name: torch.cat([one[name] for one in riders]) for name in riders[0]} if riders else {}
         upload = replace(upload, stats=upload.stats | rode)
         if weights is None:
@@ -200,7 +207,7 @@ class Trainer:
 
         sizes = data.sizes[job.ids]
         total: dict[str, Tensor] = {}
-        job = job if job.held else replace(job, held=self._held)
+        job = self._holding(job)
         x = self._start(job)
         for place in torch.split(torch.arange(int(sizes.max())), CHUNK):
             index = torch.minimum(place.expand(len(job.ids), -1), sizes.unsqueeze(1) - 1)
@@ -216,9 +223,13 @@ class Trainer:
         x: Tensor = job.held["x"].to(self.work.split.x0.dtype)
         return x.expand(len(job.ids), -1)
 
+    def _holding(self, job: Job) -> Job:
+        """The job with what its clients hold: as it says, or as all of their kind do."""
+        return job if job.held else replace(job, held=self._held.get("kinds", {}).get(str(job.kind), self._held))
+
     def _opened(self, number: int, job: Job | None) -> _Open:
         if job is not None:
-            job = job if job.held else replace(job, held=self._held)
+            job = self._holding(job)
             m = len(job.ids)
             live, done = torch.ones(m, dtype=torch.bool), torch.zeros(m, dtype=torch.int64)
             self._open[number] = _Open(job, self._start(job), live, done)
@@ -227,12 +238,13 @@ class Trainer:
     def _parts(self, opened: _Open) -> Iterator[_Part]:
         """The block cut into parts of clients that train alike, the most steps first; each begins when the last is done."""
         job, a, limits = opened.job, 0, opened.job.limit.tolist()
-        widths = {steps: self.way.width(steps, self._batch) for steps in set(limits)}
+        way = self._ways[job.kind]
+        widths = {steps: way.width(steps, self._batch) for steps in set(limits)}
         while a < len(limits):
             steps, width = limits[a], widths[limits[a]]
             b = next((i for i in range(a, len(limits)) if i - a == width or widths[limits[i]] != width), len(limits))
             own: State = tree_map(lambda t, a=a, b=b: t[a:b], job.own)
-            yield _Part(torch.arange(a, b), self.way.begin(job.held, opened.start[a:b], own, self._lr_scale, steps))
+            yield _Part(torch.arange(a, b), way, way.begin(job.held, opened.start[a:b], own, self._lr_scale, steps))
             a = b
 
     def _advance(self, opened: _Open, part: _Part, steps: Tensor) -> None:
@@ -244,7 +256,7 @@ class Trainer:
             return
         if bool((todo.diff() > 0).any()):  # some in the middle have halted: those that train come first
             order = torch.argsort(todo, descending=True, stable=True)
-            part.value, part.rows, todo = self.way.reorder(part.value, order), part.rows[order], todo[order]
+            part.value, part.rows, todo = part.way.reorder(part.value, order), part.rows[order], todo[order]
         ids, first = job.ids[part.rows], (job.own["steps"].cpu() + done)[part.rows]
         keys, sizes = random.fold(self._key, ids), data.sizes[ids]
         index, mask = client.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
@@ -257,22 +269,22 @@ class Trainer:
             places = torch.cat([ids[:k].unsqueeze(1), index[:k, t]], 1)
             return batch | {"mask": mask[:k, t].to(device)}, now.to(device), places
 
-        part.value = self.way.advance(part.value, todo.tolist(), fetch)
+        part.value = part.way.advance(part.value, todo.tolist(), fetch)
         done[part.rows] += todo
 
     def _settle(self, part: _Part) -> None:
         """Put the part's clients back in the order of the block."""
         if bool((part.rows.diff() < 0).any()):
             order = torch.argsort(part.rows)
-            part.value, part.rows = self.way.reorder(part.value, order), part.rows[order]
+            part.value, part.rows = part.way.reorder(part.value, order), part.rows[order]
 
     def _total(self, part: _Part, loss: Tensor, weights: Tensor, d: int) -> tuple[Tensor, Tensor]:
         """Weighted sum [d] of a part's finite drifts, and which are: looked at one by one only if the sum is not."""
         weights = torch.where(torch.isfinite(loss), weights.to(loss), 0.0)
-        total = self.way.total(part.value, weights)
+        total = part.way.total(part.value, weights)
         if bool(torch.isfinite(total).all()):
             return total, torch.ones(len(weights), dtype=torch.bool)
         u = total.new_empty(len(weights), d)
-        self.way.drift(part.value, u)
+        part.way.drift(part.value, u)
         finite = torch.isfinite(u).all(1)
         return torch.where(finite, weights, 0.0) @ torch.where(finite.unsqueeze(1), u, 0.0), finite.cpu()

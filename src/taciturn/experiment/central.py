@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from taciturn.client import Work
+from taciturn.core.state import State
 from taciturn.core.types import Batch, Clients
-from taciturn.core.vector import Vector
 from taciturn.engines.frozen import Evaluated
 from taciturn.tasks.built import BuiltTask
 
@@ -24,11 +24,11 @@ class Central:
         self._task, self._work, self._data = task, work, data
         self._frozen = Evaluated.build(work, task.evaluated, data, keep)
 
-    def __call__(self, x: Vector) -> dict[str, float]:
-        """-> {"accuracy": .., "loss": ..}."""
-        split = self._work.split
+    def __call__(self, held: State) -> dict[str, float]:
+        """What a receiver of the model would hold -> {"accuracy": .., "loss": ..}."""
+        split, x = self._work.split, held["x"]
         views = split.layout.views(x), split.personal.views(split.v0), split.buffers.views(split.b0)
-        params = self._work.params({"x": x}, *views)
+        params = self._work.params(held, *views)
         total: dict[str, float] = {}
         for index in torch.split(torch.arange(int(self._data.sizes[0])), AT_ONCE):
             batch: Batch = {name: t[0] for name, t in self._data.fetch(_SERVER, index.unsqueeze(0)).items()}

@@ -37,10 +37,10 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     key = random.fold(run.key, "round", 0)
     ids = method.participation.draw(0, key, torch.ones(len(sizes), dtype=torch.bool))
     with closing(run.engine.crew):
-        _, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
+        _, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, split, key)
         kinds = run.engine.post.ledger.close_round()["by_kind"]
         began = time.perf_counter()
-        fed_round(run.server, ids, sizes[ids], method, run.engine, split.layout, key)
+        fed_round(run.server, ids, sizes[ids], method, run.engine, split, key)
         seconds = time.perf_counter() - began
     up, down, once = (sum(e["payload"] + e["frame"] for k, e in kinds.items() if belongs(k)) for belongs in _SHARES)
     vectors = 4 * split.x0.numel() * split.x0.element_size()

@@ -23,9 +23,11 @@ from torch import Tensor
 
 from taciturn.client import Work
 from taciturn.core import random
+from taciturn.core.broadcast import renumbered
 from taciturn.core.errors import AllClientsFailed, ConfigError, DataError, RunError
 from taciturn.core.state import State, tree_map
 from taciturn.core.types import Cast
+from taciturn.core.vector import Kind
 from taciturn.engines import LocalEngine, build
 from taciturn.engines.modes import Path as EnginePath
 from taciturn.experiment.central import Central
@@ -33,6 +35,7 @@ from taciturn.experiment.config import to_table, to_toml
 from taciturn.experiment.experiment import Callback, Experiment
 from taciturn.experiment.record import FORMAT, RunFolder
 from taciturn.experiment.result import Result
+from taciturn.experiment.snapshot import server_of, server_record
 from taciturn.round import RoundStats, ServerState, fed_round, start
 from taciturn.tasks.built import BuiltTask
 
@@ -72,7 +75,7 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     """Build task, split, engine and server; nothing is trained. header: of the run that is resumed."""
     method = experiment.method
     task = experiment.task.build(experiment.seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
-    split = method.partition.split(task.model, task.tracked)
+    split = method.split(task.model, task.tracked)
     work = Work(task, split, method.solver, method.codec)
     key = random.key(experiment.seed)
     name, block, least, keep = experiment.engine, experiment.block, None, int(experiment.keep_gib * 2**30)
@@ -85,7 +88,8 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
             f"resume it with torch {header['versions']['torch']}, or start anew"
         )
     central = None if task.data.central is None else Central(task, work, task.data.central, keep)
-    run = _Run(experiment, task, work, engine, path, key, start(split.x0, task.train.sizes, method), central, [])
+    server = start(split.x0, task.train.sizes, method, split.base)
+    run = _Run(experiment, task, work, engine, path, key, server, central, [])
     if run.from_clients:
         _evaluated_ids(run)  # an error now is better than one after training
     return run
@@ -184,7 +188,7 @@ def _round(run: _Run) -> RoundStats:
     method, sizes = run.experiment.method, run.task.train.sizes
     key = random.fold(run.key, "round", run.server.round)
     ids = method.participation.draw(run.server.round, key, torch.ones(len(sizes), dtype=torch.bool))
-    run.server, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, run.work.split.layout, key)
+    run.server, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, run.work.split, key)
     return stats
 
 
@@ -224,14 +228,20 @@ def _evaluated_ids(run: _Run) -> Tensor:
 def _cast(run: _Run) -> Cast:
     """The model as it would be broadcast now; the next round sends this very cast, unless an average is evaluated."""
     server, key = run.server, random.fold(random.fold(run.key, "round", run.server.round), "broadcast")
-    broadcast, layout = run.experiment.method.broadcast, run.work.split.layout
+    broadcast, split = run.experiment.method.broadcast, run.work.split
     if server.model is not server.x:
-        cast = broadcast.publish(server.model, server.round, None, layout, key)
+        cast = broadcast.publish(server.model, server.round, None, split.layout, key, kinds=split.kinds)
         version = server.cast.version + 1 if server.cast else 0  # newer than what any client holds
-        return replace(cast, version=version, log=tuple((version, payload) for _, payload in cast.log))
-    cast = broadcast.publish(server.x, server.round, server.cast, layout, key)
+        return renumbered(cast, version)
+    cast = broadcast.publish(server.x, server.round, server.cast, split.layout, key, server.merges, split.kinds)
     run.server = replace(server, cast=cast)
     return cast
+
+
+def _held(run: _Run) -> State:
+    """The server's own model, and the base with all that it took."""
+    base = {"base": _cast(run).held["base"]} if run.work.split.base.names else {}
+    return {"x": run.server.model} | base
 
 
 def _evaluate_clients(run: _Run) -> tuple[dict[str, float], dict[str, Any]]:
@@ -261,7 +271,7 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
         metrics, spread = _evaluate_clients(run)
     if due and not run.from_clients:
         assert run.central is not None
-        metrics = run.central(run.server.model)
+        metrics = run.central(_held(run))
     traffic = run.engine.post.ledger.close_round()
     evaluation = sum(e["payload"] + e["frame"] for k, e in traffic["by_kind"].items() if k.endswith("/evaluate"))
     before = run.history[-1] if run.history else {"bytes_up": 0, "bytes_down": 0, "bytes_evaluate": 0}
@@ -326,24 +336,13 @@ def _same_experiment(before: dict[str, Any], now: dict[str, Any], folder: Path) 
 
 
 def _snapshot(run: _Run) -> tuple[State, dict[str, Any]]:
-    server, cast = run.server, run.server.cast
-    state: State = {
-        "x": server.x,
-        "opt": server.opt,
-        "agg": server.agg,
-        "sync": server.sync,
-        "engine": run.engine.export(),
-    }
-    meta: dict[str, Any] = {
+    state, cast = server_record(run.server)
+    meta = {
         "seconds": run.seconds,
         "totals": run.engine.post.ledger.totals,
         "layout": run.work.split.layout.fingerprint,
     }
-    if cast is not None:
-        state["held"] = cast.held
-        state["log"] = {str(number): payload for number, payload in cast.log}
-        meta["cast"] = {"version": cast.version, "source": cast.source}
-    return state, meta
+    return state | {"engine": run.engine.export()}, meta | cast
 
 
 def _restore(run: _Run, folder: RunFolder) -> None:
@@ -356,12 +355,7 @@ def _restore(run: _Run, folder: RunFolder) -> None:
     state = tree_map(lambda tensor: tensor.to(run.server.x.device), state)
     if meta["layout"] != run.work.split.layout.fingerprint:
         raise RunError(f"{folder.path}: the checkpoint is of another model (names or shapes of its parameters differ)")
-    cast = None
-    if "cast" in meta:
-        log = sorted((int(number), payload) for number, payload in state.get("log", {}).items())
-        cast = Cast(meta["cast"]["version"], meta["cast"]["source"], state["held"], tuple(log))
-    opt, agg, sync = (state.get(name, {}) for name in ("opt", "agg", "sync"))
-    run.server = ServerState(meta["round"], state["x"], opt, agg, sync, cast)
+    run.server = server_of(state, meta)
     run.engine.clients.recover(folder.path, meta["round"])
     run.engine.restore(state["engine"])
     run.engine.post.ledger.totals = meta["totals"]
@@ -370,19 +364,22 @@ def _restore(run: _Run, folder: RunFolder) -> None:
 
 
 def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None) -> Result:
-    split, x = run.work.split, run.server.model
+    split, held = run.work.split, _held(run)
     names = run.task.train.names
 
-    def tensors(v: Tensor, b: Tensor) -> dict[str, Tensor]:
+    def tensors(x: Tensor, v: Tensor, b: Tensor) -> dict[str, Tensor]:
         views = split.layout.views(x), split.personal.views(v), split.buffers.views(b)
-        return {**run.task.model.state_dict(), **run.work.params({"x": x}, *views)}
+        return {**run.task.model.state_dict(), **run.work.params(held, *views)}
 
     def client(name: str) -> dict[str, Tensor]:
         if name not in names:
             raise DataError(f"there is no client {name!r}")
         if run.engine.clients.moved_on():
             raise RunError(f"{folder} was resumed, and its clients have moved on; ask the result of the resumed run")
-        own = run.engine.store.read(torch.tensor([names.index(name)]))
-        return tensors(own["v"][0], own["b"][0])
+        i = torch.tensor([names.index(name)])
+        own = run.engine.store.read(i)
+        kind = split.kinds[int(split.kind_of(run.server.round, i))] if split.kind_of else Kind()
+        x = held["x"] if kind.holds is None else kind.holds.fill(kind.holds.cut(held["x"]))
+        return tensors(x, own["v"][0], own["b"][0])
 
-    return Result(header, run.history, tensors(split.v0, split.b0), stopped, folder, run.task.model_with, client)
+    return Result(header, run.history, tensors(held["x"], split.v0, split.b0), stopped, folder, run.task.model_with, client)

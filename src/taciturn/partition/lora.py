@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from taciturn.core.errors import ConfigError, MethodError, ModelError, require
-from taciturn.core.state import write_atomic
-from taciturn.core.types import Split
+from taciturn.core.errors import ConfigError, MethodError, ModelError, require, unknown
+from taciturn.core.state import State, write_atomic
+from taciturn.core.types import Record, Split
+from taciturn.core.vector import Kind, Layout, Part
 from taciturn.partition.by_name import cut, expand, refuse_tracked
 
 KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADAPTER = "default"  # peft's name for the only one there is
+FACTOR = {side: re.compile(rf"lora_(embedding_)?{side}\b") for side in "AB"}
+CORE = re.compile(rf"lora_(embedding_)?B(\.{ADAPTER})?(\.weight)?$")
 BESIDE = "base_model.model."  # what peft writes before every name of a saved adapter
 
 
@@ -51,8 +56,14 @@ class lora:
     linear layer but the head. Linear, embedding and convolution layers can have adapters. also: names, patterns or helpers
     ("head", "norms") of parameters that are trained and shared beside them. The adapters are peft's, put in by
     `peft.inject_adapter_in_model` and exchanged under the names of its state dict.
-    share "both", "A" or "B"; rest "frozen" or "personal": the factor that is not shared stays at its start, the same for
-    all, or is trained and stays on the client. share "B", rest "frozen" is FFA-LoRA; share "A", rest "personal" FedSA-LoRA.
+    ranks: of the clients, where they differ: client i has rank ranks[i mod their number], the largest being `rank`; it
+    holds, trains and sends the first r_i columns of B and rows of A. alpha / r, of the largest, is the same for all.
+    share: what is trained and sent. "both"; "A" or "B"; "alternate": B in even rounds and A in odd ones, and what changed
+    comes down (RoLoRA, whose usual form this is); "core": W0 + (alpha / r) B R A with B and A fixed, orthonormal and drawn
+    at the start, and R [r, r] from 0 (Fed-SB). rest, with "A" or "B": the other factor is "frozen", at its start, the same
+    for all; "personal": trained, and stays on the client; "server": the server's, which sends it (low_rank fedsvd). share
+    "B", rest "frozen" is FFA-LoRA; share "A", rest "personal" FedSA-LoRA.
+    Departure: Fed-SB starts from an SVD of the first gradient; here B and A are random.
     Errors: `ModelError` for targets that cannot have one; `UnknownName`; `ConfigError` without peft.
     Source: Hu et al. 2021 (arXiv 2106.09685).
     """
@@ -62,16 +73,24 @@ class lora:
     targets: tuple[str, ...] | str = "linear"
     also: tuple[str, ...] | str = ()
     dropout: float = 0.0
-    share: Literal["both", "A", "B"] = "both"
-    rest: Literal["frozen", "personal"] = "frozen"
+    share: Literal["both", "A", "B", "alternate", "core"] = "both"
+    rest: Literal["frozen", "personal", "server"] = "frozen"
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank: at least 1; got {self.rank}")
         require(self.alpha > 0, f"lora.alpha: above 0; got {self.alpha}")
         require(0 <= self.dropout < 1, f"lora.dropout: at least 0, below 1; got {self.dropout}")
-        require(self.share in ("both", "A", "B"), f"lora.share: both, A or B; got {self.share!r}")
-        require(self.rest in ("frozen", "personal"), f"lora.rest: frozen or personal; got {self.rest!r}")
-        if self.share == "A" and self.rest == "frozen":
+        if self.share not in (shares := ("A", "B", "alternate", "both", "core")):
+            raise unknown("share", self.share, shares, "lora.share")
+        if self.rest not in (rests := ("frozen", "personal", "server")):
+            raise unknown("rest", self.rest, rests, "lora.rest")
+        alone = self.rest == "frozen" or self.share in ("A", "B")
+        require(alone, f'lora.rest: {self.rest} is of the factor beside share = "A" or "B"; got share = {self.share!r}')
+        wrong = self.ranks and (min(self.ranks) < 1 or max(self.ranks) != self.rank)
+        require(not wrong, f"lora.ranks: at least 1, the largest being rank = {self.rank}; got {self.ranks}")
+        require(self.share == "both" or not self.ranks, f'lora.ranks: with share = "both"; got {self.share!r}')
+        if self.share == "A" and self.rest != "personal":
             raise MethodError(
                 'lora: B starts at 0, so with B frozen nothing is ever learnt; share = "B", or rest = "personal"'
             )
@@ -119,35 +138,153 @@ class lora:
         made: nn.Module = peft.inject_adapter_in_model(config, model)
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(
-                name in also or ("lora_" in name and not (self._apart(name) and self.rest == "frozen"))
+                name in also
+                or ("lora_" in name and self.share != "core" and not (self._apart(name) and self.rest == "frozen"))
             )
+            if "lora_" in name and self.share == "core":
+                nn.init.orthogonal_(parameter)
+            elif "lora_embedding_" in name and self.share == "B":  # peft starts a table's A at 0, so B would never move
+                (nn.init.normal_ if FACTOR["A"].search(name) else nn.init.zeros_)(parameter)
         return made
 
     def _apart(self, name: str) -> bool:
         """True for the factor that is not shared."""
         other = {"A": "B", "B": "A"}.get(self.share)
-        return other is not None and re.search(rf"lora_(embedding_)?{other}\b", name) is not None
+        return other is not None and FACTOR[other].search(name) is not None
 
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
-        """Adapters, or one factor of each, and `also` are shared."""
+        """Adapters, or one factor of each, and `also` are shared; where both are, the base may take products."""
         refuse_tracked(tracked, lambda name: False)
-        return cut(model, tracked, self._apart, called)
+        if self.share == "core":
+            return _cores(model, self.rank)
+        split = cut(model, tracked, lambda name: self._apart(name) and self.rest == "personal", called)
+        if self.share == "alternate":
+            return replace(split, kinds=(_without(split, "A"), _without(split, "B")), kind_of=_parity)
+        if self.rest == "server":
+            return replace(split, kinds=(_without(split, "A"),), kind_of=lambda round, ids: torch.zeros_like(ids))
+        if self.share != "both":
+            return split
+        if self.ranks:
+            split = _kinds(split, self.ranks)
+        return replace(split, merging=_merging(split, _bases(model), self.scale))
 
     def save(self, tensors: Mapping[str, Tensor], model: nn.Module, folder: str | Path) -> Path:
         """The adapters of a trained model (`Result.tensors`) as a folder for `PeftModel.from_pretrained(model, folder)`.
 
-        model: as it was given, without adapters. What `also` shares is not an adapter and is not written.
+        model: as it was given, without adapters. What `also` shares is not an adapter and is not written. Where W0 took
+        products, the adapter is as wide as the rank of all that was learnt: then it and `model` are the trained layer.
         """
         names, folder = self.adapted(model), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        kept = {called(name): t.detach().cpu().contiguous() for name, t in tensors.items() if "lora_" in name}
+        wide = {name: self._widened(name, tensors, kept, model) for name in names}
+        ranks = {name: rank for name, rank in wide.items() if rank}
         config = {
             "peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "bias": "none",
             "target_modules": f"({'|'.join(re.escape(name) for name in names)})", "inference_mode": True,
+            "rank_pattern": ranks, "alpha_pattern": ranks,
         }  # fmt: skip
-        kept = {BESIDE + called(n): t.detach().cpu().contiguous() for n, t in tensors.items() if "lora_" in n}
         write_atomic(folder / "adapter_config.json", [json.dumps(config, indent=1).encode()])
-        write_atomic(folder / "adapter_model.safetensors", [save(kept)])
+        write_atomic(folder / "adapter_model.safetensors", [save({BESIDE + name: t for name, t in kept.items()})])
         return folder
+
+    def _widened(self, layer: str, tensors: Mapping[str, Tensor], kept: dict[str, Tensor], model: nn.Module) -> int:
+        """Put W - W0 into the adapter of a layer whose base has moved -> its rank, with alpha = rank; 0 if it has not."""
+        now, given = tensors[f"{layer}.base_layer.weight"].cpu(), model.get_parameter(f"{layer}.weight").detach().cpu()
+        if torch.equal(now, given.to(now)):
+            return 0
+        table = f"{layer}.lora_embedding_A" in kept
+        left, right = (f"{layer}.lora_{'embedding_' if table else ''}{side}{'' if table else '.weight'}" for side in "BA")
+        b, a = kept[left], kept[right]
+        moved = (now.double() - given.double()).mT if table else (now.double() - given.double()).flatten(1)
+        moved = moved + self.scale * b.flatten(1).double() @ a.flatten(1).double()
+        u, s, v = torch.linalg.svd(moved, full_matrices=False)
+        rank = max(1, int((s > s[0] * len(s) * torch.finfo(now.dtype).eps).sum()))
+        half = s[:rank].sqrt()
+        kept[left] = (u[:, :rank] * half).reshape(len(b), rank, *b.shape[2:]).to(b).contiguous()
+        kept[right] = (half.unsqueeze(1) * v[:rank]).reshape(rank, *a.shape[1:]).to(a).contiguous()
+        return rank
+
+
+def _bases(model: nn.Module) -> dict[str, Tensor]:
+    """Layer -> its frozen weight W0, of those whose product B A is one matrix (a grouped convolution's is several)."""
+    found = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    alone = {name: base for name, base in found.items() if uses[id(base.weight)] == 1}
+    return {name: base.weight.detach() for name, base in alone.items() if getattr(base, "groups", 1) == 1}
+
+
+def _without(split: Split, side: str) -> Kind:
+    """Clients that hold all and train all but one factor."""
+    layout = split.layout
+    shapes = {name: shape for name, shape in zip(layout.names, layout.shapes, strict=True) if not FACTOR[side].search(name)}
+    mask = {name: torch.full(shape, name in shapes) for name, shape in zip(layout.names, layout.shapes, strict=True)}
+    own = Layout(tuple(shapes), tuple(shapes.values()))
+    return Kind(trains=Part(own, layout.flatten(mask, torch.bool).to(split.x0.device)))
+
+
+def _parity(round: int, ids: Tensor) -> Tensor:
+    """All are of kind 0 in even rounds, and of kind 1 in odd ones."""
+    return torch.full_like(ids, round % 2)
+
+
+def _cores(model: nn.Module, rank: int) -> Split:
+    """R [r, r] of each adapter, at 0, and what is trained beside; B R takes the place of B."""
+    named = dict(model.named_parameters())
+    lefts = {CORE.sub("lora_core", name): name for name in named if FACTOR["B"].search(name)}
+    fixed = {core: named[name].detach() for core, name in lefts.items()}
+    zeros = {core: b.new_zeros(rank, rank) for core, b in fixed.items()}
+    shared = zeros | {name: p.detach() for name, p in named.items() if p.requires_grad}
+    layout, empty = Layout.of(shared), Layout((), ())
+
+    def join(held: State, y: Record, v: Record) -> Record:
+        done = {lefts[core]: (b.flatten(1) @ y[core]).reshape(b.shape) for core, b in fixed.items()}
+        return done | {name: t for name, t in y.items() if name not in fixed}
+
+    first = next(iter(fixed.values()))
+    none = first.new_zeros(0)
+    return Split(layout, empty, empty, layout.flatten(shared, first.dtype).to(first.device), none, none, join)
+
+
+def _kinds(split: Split, ranks: tuple[int, ...]) -> Split:
+    """The split with a kind of client for each rank."""
+    layout, known = split.layout, sorted(set(ranks))
+    which = torch.tensor([known.index(rank) for rank in ranks])
+
+    def part(rank: int) -> Part:
+        mask, shapes = {}, {}
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            axis = 0 if FACTOR["A"].search(name) else 1 if FACTOR["B"].search(name) else None
+            mask[name] = torch.ones(shape, dtype=torch.bool)
+            if axis is not None:
+                mask[name].narrow(axis, rank, shape[axis] - rank).fill_(False)
+            shapes[name] = tuple(rank if place == axis else size for place, size in enumerate(shape))
+        own = Layout(tuple(shapes), tuple(shapes.values()))
+        return Part(own, layout.flatten(mask, torch.bool).to(split.x0.device))
+
+    parts = [part(rank) if rank < known[-1] else None for rank in known]
+    kinds = tuple(Kind(one, one) for one in parts)
+    return replace(split, kinds=kinds, kind_of=lambda round, ids: which[ids % len(which)])
+
+
+def _merging(split: Split, weights: dict[str, Tensor], scale: float) -> Split:
+    """The split with W0 + scale x (the sum of the products that were merged) in place of W0."""
+    tables = {layer for layer in weights if f"{layer}.lora_embedding_A" in split.layout.names}
+
+    def join(held: State, y: Record, v: Record) -> Record:
+        named = split.join(held, y, v)
+        for layer, total in held.get("base", {}).items():
+            weight = weights[layer]
+            named[f"{layer}.base_layer.weight"] = weight + scale * as_weight(total, weight, layer in tables)
+        return named
+
+    shapes = {name: w.mT.shape if name in tables else w.flatten(1).shape for name, w in weights.items()}
+    return replace(split, join=join, base=Layout(tuple(shapes), tuple(tuple(shape) for shape in shapes.values())))
+
+
+def as_weight(product: Tensor, weight: Tensor, table: bool) -> Tensor:
+    """A product [m, n] of factors in the shape of a weight: of a table (embedding) turned, of a convolution unfolded."""
+    return product.mT if table else product.reshape(weight.shape)
 
 
 def _head(model: nn.Module) -> set[str]:
