@@ -148,9 +148,7 @@ def find(program: Program, forward: Forward, batch: Batch, data: Clients, bytes:
     if not getattr(data, "fixed", False) or bytes <= 0:
         return None
     with torch.no_grad():
-        ended, output = _ended(program, lambda: forward(batch))
-        n = len(batch["input"])
-        kept = [(name, out) for name, out in ended if isinstance(out, Tensor) and out.is_floating_point() and len(out) == n]
+        kept, output = _ended(program, lambda: forward(batch), len(batch["input"]))
         for place in range(len(kept) - 1, max(-1, len(kept) - 1 - TRIES), -1):
             used = kept[: place + 1]
             models = {name: program.model.get_submodule(name) for name, _ in used}
@@ -184,9 +182,11 @@ def _holds(cut: _Cut, forward: Forward, batch: Batch, output: Any) -> bool:
         cut.given = None
 
 
-def _ended(program: Program, run: Callable[[], Any]) -> tuple[list[tuple[str, Any]], Any]:
-    """Outermost modules that end before the first stacked one begins, called once, with outputs; and run()'s output."""
-    ended: dict[str, Any] = {}
+def _ended(program: Program, run: Callable[[], Any], n: int) -> tuple[list[tuple[str, Tensor]], Any]:
+    """Outermost modules that give floats [n, ..], end before the first stacked one begins and are called once, with these
+    floats; and run()'s output.
+    """
+    ended: dict[str, Tensor] = {}
     begun: dict[str, int] = {}
     open_ = True
     handles = []
@@ -201,7 +201,7 @@ def _ended(program: Program, run: Callable[[], Any]) -> tuple[list[tuple[str, An
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: Any, inputs: Any, output: Any) -> None:
-            if open_:
+            if open_ and isinstance(output, Tensor) and output.is_floating_point() and output.dim() and len(output) == n:
                 for inner in [inner for inner in ended if inner.startswith(f"{name}.")]:
                     del ended[inner]
                 ended[name] = output
