@@ -133,8 +133,8 @@ def _lora_method() -> Method:
 
 def pairs_full(path: str) -> Experiment:
     """FedAdam on all 22.7 M parameters of a sentence encoder: are two BBC articles of one topic? Needs taciturn[text]."""
-    method = Method(solver=solvers.adamw(lr=0.0003), server=server.adam(lr=0.0003), sync=sync.every(steps=10))
-    return _encoded(data.bbc_pairs(), method, "pairs-full", rounds=14)
+    method = Method(solver=solvers.sgd(lr=0.1, clip=1.0), server=server.adam(lr=0.001), sync=sync.every(steps=10))
+    return _encoded(data.bbc_pairs(), method, "pairs-full", rounds=12)
 
 
 def pairs_head(path: str) -> Experiment:
@@ -152,7 +152,7 @@ def lora_lean(path: str) -> Experiment:
     """The same adapters, synchronised by drift (FDA), 4 bits a value with error feedback both ways."""
     method = _lora_method().replace(sync=sync.fda(), codec=error_feedback(quantize4()))
     method = method.replace(broadcast=Broadcast(quantize4(), of="change"))
-    return _encoded(data.bbc_pairs(), method, "lora-lean", rounds=24)
+    return _encoded(data.bbc_pairs(), method, "lora-lean", rounds=14)
 
 
 def bbc_lora(path: str) -> Experiment:

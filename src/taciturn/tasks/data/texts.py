@@ -74,8 +74,8 @@ class bbc_pairs:
     clients: int = 10
     split: iid | dirichlet | shards = dirichlet(alpha=0.3)
     pairs: int = 2000
-    words: int = 8
-    length: int = 24
+    words: int = 6
+    length: int = 16
     tokens: str = MINILM
     central: float = 0.2
     test: float = 0.0
