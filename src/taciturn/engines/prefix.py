@@ -24,7 +24,7 @@ from taciturn.engines.swap import Program, StandIn
 
 CHUNK = 32  # samples of a client whose features are computed at once
 TRIES = 4  # places to cut that are tried
-Forward = Callable[[Batch], Any]  # flat batch -> the model's output
+Forward = Callable[..., Any]  # flat batch, number of the draw (0) -> the model's output
 
 
 class _Found(Exception):
@@ -130,12 +130,12 @@ class Prefix:
         return features_of(self.cut, self.forward, {n: t.flatten(0, 1) for n, t in self.data.fetch(ids, index).items()})
 
 
-def features_of(cut: _Cut, forward: Forward, batch: Batch) -> Tensor:
+def features_of(cut: _Cut, forward: Forward, batch: Batch, draw: int = 0) -> Tensor:
     """One pass up to the cut, without a gradient."""
     cut.wanted = True
     try:
         with torch.no_grad():
-            forward(batch)
+            forward(batch, draw)
     except _Found as found:
         return found.features
     finally:
@@ -170,9 +170,9 @@ def find(program: Program, forward: Forward, batch: Batch, data: Clients, bytes:
 
 
 def _holds(cut: _Cut, forward: Forward, batch: Batch, output: Any) -> bool:
-    """True if features alone give the model's output, and do not change from one pass to the next (dropout)."""
+    """True if features alone give the model's output, and do not change from one draw to the next (dropout)."""
     features = features_of(cut, forward, batch)
-    again = features_of(cut, forward, batch)
+    again = features_of(cut, forward, batch, 1)
     cut.given = features
     try:
         return torch.equal(features, again) and isinstance(output, Tensor) and torch.equal(forward(batch), output)

