@@ -5,6 +5,8 @@ Symbols: B_i [m, r], A_i [r, n] what client i holds after training; M = sum w_i 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,8 +16,10 @@ import taciturn
 from conftest import Net, make_federation, make_task
 from drive import drive
 from taciturn import Broadcast, Experiment, Task, aggregation, codecs, participation, partition, server, solvers, sync
+from taciturn.aggregation import factors
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
-from taciturn.core.errors import MethodError, UnknownName
+from taciturn.core import random
+from taciturn.core.errors import MethodError, RunError, UnknownName
 from taciturn.core.vector import Layout
 from taciturn.method import Method
 
@@ -193,3 +197,24 @@ def test_errors(make, error, message):
 
 def test_a_server_that_remembers_goes_with_a_gauge_that_stays():
     METHOD.replace(aggregator=aggregation.low_rank(operator="tangent"), server=server.adam(lr=0.1))
+
+
+@pytest.mark.parametrize("backend", ["rsvd", "core", "gram"])
+@pytest.mark.parametrize("size", [1e-12, 1e15])
+def test_the_product_is_found_at_any_scale(backend, size):
+    """Squares of float32 factors would overflow."""
+    held = [(random.normal(random.key(i), 12, 2), random.normal(random.key(9 + i), 2, 9)) for i in range(4)]
+    weights = torch.full((4,), 0.25)
+    one = factors.product_svd(held, weights, random.key(0), backend=backend)
+    big = factors.product_svd([(b * size, a * size) for b, a in held], weights, random.key(0), backend=backend)
+    assert torch.allclose(big[0] / size, one[0], rtol=1e-3, atol=1e-4)
+    assert torch.allclose(big[1] / size, one[1], rtol=1e-3, atol=1e-4)
+
+
+def test_factors_that_cannot_be_decomposed_are_an_error_with_a_remedy(task, monkeypatch):
+    def fail(*_):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setitem(OPERATORS, "product_svd", replace(OPERATORS["product_svd"], run=fail))
+    with pytest.raises(RunError, match=r"the factors of stem have grown to .* learning rate"):
+        drive(task, METHOD.replace(aggregator=part_of("product_svd")), rounds=1)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from taciturn.aggregation import factors
 from taciturn.aggregation.factors import Factors, Pair
@@ -20,7 +21,7 @@ from taciturn.aggregation.lowrank_svd import Backend
 from taciturn.aggregation.mean import Weights, weights_of
 from taciturn.aggregation.mismatch import mismatch
 from taciturn.core import random
-from taciturn.core.errors import MethodError, require, unknown
+from taciturn.core.errors import MethodError, RunError, require, unknown
 from taciturn.core.random import Key
 from taciturn.core.state import State
 from taciturn.core.types import Block, Change, Merges
@@ -173,13 +174,16 @@ class low_rank:
             held = acc.factors(views, sides)
             before = [_matrix(layout.views(acc.x)[side], name) for side, name in zip(sides, "BA", strict=True)]
             rank = len(before[1])
-            pair, rest = OPERATORS[self.operator].run(held, acc.share, random.fold(key, number), self, rank)
+            try:
+                pair, rest = OPERATORS[self.operator].run(held, acc.share, random.fold(key, number), self, rank)
+                found = asdict(mismatch(held, acc.share, pair, rest)) if self.diagnostics else {}
+            except LinAlgError as error:
+                raise RunError(_exploded(layer, held)) from error
             known = pair[0].shape[1]  # slices that nobody of this round owns stay
             whole = torch.cat([pair[0], before[0][:, known:]], 1), torch.cat([pair[1], before[1][known:]])
             new |= {side: factor.double().reshape(new[side].shape) for side, factor in zip(sides, whole, strict=True)}
             taken |= {} if rest is None else {layer: rest}
-            if self.diagnostics:
-                found = asdict(mismatch(held, acc.share, pair, rest))
+            if found:
                 told[layer] = {name: value for name, value in found.items() if not math.isnan(value)}
         update = layout.flatten(new, torch.float64) - acc.x.double()
         return Change(update, taken, told), {"rounds": rounds + 1}
@@ -225,3 +229,11 @@ class _Held:
 def _matrix(factor: Tensor, side: str) -> Tensor:
     """A factor of a layer as [m, r] or [r, n]."""
     return factor.flatten(1) if side == "A" else factor.reshape(factor.shape[0], factor.shape[1])
+
+
+def _exploded(layer: str, held: Factors) -> str:
+    most = max(float(factor.abs().max()) for pair in held for factor in pair)
+    return (
+        f"the factors of {layer} have grown to {most:.1e} and cannot be decomposed; most often the client learning rate is "
+        "too high: lower method.solver.lr, or set its clip"
+    )

@@ -7,6 +7,7 @@ decompositions of small matrices in float64. Signs: the largest |entry| of each 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -50,13 +51,20 @@ def triplets(x: Tensor, y: Tensor, rank: int, key: Key, backend: Backend = "rsvd
     )
     most = min(x.shape[0], y.shape[1])
     require(1 <= rank <= most, f"lora: rank from 1 to min(m, n) = {most}; got {rank}")
-    if backend == "rsvd":
-        return rsvd(x, y, rank, key)
-    if backend == "gram":
-        return gram(x, y, rank)
-    if backend == "core":
-        return core(x, y, rank)
-    raise unknown("backend", backend, get_args(Backend), "lora")
+    if backend not in get_args(Backend):
+        raise unknown("backend", backend, get_args(Backend), "lora")
+    (x, a), (y, b) = _scaled(x), _scaled(y)
+    found = rsvd(x, y, rank, key) if backend == "rsvd" else gram(x, y, rank) if backend == "gram" else core(x, y, rank)
+    return Triplets(found.u, found.s * (a * b), found.vt)
+
+
+def _scaled(factor: Tensor) -> tuple[Tensor, float]:
+    """(factor / 2^k, 2^k), the largest value near 1, so that no square overflows; exact."""
+    most = float(factor.abs().max()) if factor.numel() else 0.0
+    if not 0 < most < math.inf or 1e-3 < most < 1e3:
+        return factor, 1.0
+    power = 2.0 ** math.floor(math.log2(most))
+    return factor / power, power
 
 
 def core(x: Tensor, y: Tensor, rank: int) -> Triplets:
