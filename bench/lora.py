@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import finish, mean_spread, parser
+from bench.common import COMMIT, RESULTS, finish, mean_spread, parser
 from bench.lora_tasks import OPERATORS, SKEWS, TASKS, TOLD, Cell, base_accuracy, outcome, train_loss
 from taciturn.aggregation import factors
 from taciturn.core import random
@@ -93,21 +93,28 @@ def run_cell(job: tuple[Cell, int]) -> dict[str, Any]:
     return asdict(cell) | {"lr": lr, "tried": tried, "runs": runs, "cpu_seconds": round(time.process_time() - began, 1)}
 
 
+def _finished() -> dict[Cell, dict[str, Any]]:
+    """Summed rows of the last full run, and of one that was stopped."""
+    last = RESULTS / "lora.json"
+    rows = json.loads(last.read_text())["rows"] if last.exists() else []
+    rows += [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
+    return {Cell(**{name: row[name] for name in Cell.__dataclass_fields__}): row for row in rows}
+
+
 def measured(cells: list[Cell], seeds: int, processes: int, kept: Path | None, resume: bool) -> list[dict[str, Any]]:
-    """All cells, in the order of the grid; finished ones are appended to `kept`."""
+    """All cells summed, in the order of the grid; finished ones are appended to `kept`."""
     done: dict[Cell, dict[str, Any]] = {}
-    if kept is not None and resume and kept.exists():
-        for line in kept.read_text().splitlines():
-            row = json.loads(line)
-            done[Cell(**{name: row[name] for name in Cell.__dataclass_fields__})] = row
+    if kept is not None and resume:
+        done = _finished()
     elif kept is not None:
         kept.parent.mkdir(exist_ok=True)
         kept.write_text("")
     todo = [cell for cell in cells if cell not in done]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for cell, row in zip(todo, pool.map(run_cell, [(cell, seeds) for cell in todo]), strict=True):
-            done[cell] = row
+        for cell, found in zip(todo, pool.map(run_cell, [(cell, seeds) for cell in todo]), strict=True):
+            row = done[cell] = summed(found) | {"commit": COMMIT}
             if kept is not None:
+                kept.parent.mkdir(exist_ok=True)
                 with kept.open("a") as file:
                     file.write(json.dumps(row) + "\n")
     return [done[cell] for cell in cells]
@@ -260,12 +267,14 @@ def costs() -> dict[str, float]:
 def main() -> None:
     """Measure, run, print."""
     options = parser(__doc__)
-    options.add_argument("--resume", action="store_true", help="keep the finished cells of a full run that was stopped")
+    options.add_argument(
+        "--resume", action="store_true", help="keep the finished cells: of bench/results, and of a run that was stopped"
+    )
     options.add_argument("--processes", type=int, default=2)
     asked = options.parse_args()
     seeds, spent = (2 if asked.quick else 5), costs()
     cells = list(grid(asked.quick))
-    rows = [summed(row) for row in measured(cells, seeds, asked.processes, None if asked.quick else KEPT, asked.resume)]
+    rows = measured(cells, seeds, asked.processes, None if asked.quick else KEPT, asked.resume)
     show(rows)
     shared = [name for name, operator in OPERATORS.items() if not operator.personal]
     against = {title: {name: ratio(part, name) for name in shared[1:]} for title, part in groups(rows).items()}

@@ -66,6 +66,12 @@ OPERATORS = {
     "product_svd, aligned": _pairs("product_svd", align=True),
     "lora_fair_style": _pairs("lora_fair_style"),
     "ffa": Operator(None, {"share": "B"}),
+    "rolora": Operator(None, {"share": "alternate"}),
+    "fedsvd": Operator({"operator": "fedsvd"}, {"share": "B", "rest": "server"}),
+    "fed_sb": Operator(None, {"share": "core"}),
+    "fedex (merges)": _pairs("fedex"),
+    "product_svd_residual (merges)": _pairs("product_svd_residual"),
+    "flora (merges)": _pairs("flora"),
     "fedsa (personal)": Operator(None, {"share": "A", "rest": "personal"}),
 }
 
