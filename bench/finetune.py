@@ -4,7 +4,8 @@ Task: are the openings of two BBC articles about one topic (`data.bbc_pairs`)? C
 FedAdam in float32; only the head; LoRA in all layers; LoRA that synchronises by drift (FDA) with 4 bits a value and
 error feedback both ways (`lora-lean`). Target = head_only + 0.5 (full - head_only), with the best accuracy of each; a
 method's bytes are those, up and down, when it is first measured at the target or above.
-Step sizes: `--tune` runs each method's grid on a seed of its own; the best accuracy wins.
+Step sizes: those of the recipes, found by a few runs by hand, or where `--tune` has run each method's grid on a seed of
+its own, the best of that.
 Speed: samples a CPU second of local training, one thread, beside a plain loop over the same model, batches and steps.
 """
 
@@ -14,7 +15,8 @@ import itertools
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from statistics import fmean
 from typing import Any
@@ -31,7 +33,7 @@ from taciturn.experiment.runner import _round, prepare
 
 TUNED, TUNING_SEED = RESULTS / "finetune_tuned.json", 1000
 METHODS = {"head_only": "pairs-head", "full_fedadam": "pairs-full", "lora": "pairs-lora", "lora_fda_q4": "lora-lean"}
-ROUNDS = {"head_only": 100, "full_fedadam": 12, "lora": 14, "lora_fda_q4": 14}
+ROUNDS = {"head_only": 100, "full_fedadam": 12, "lora": 14, "lora_fda_q4": 9}
 EVERY = {"head_only": 5, "full_fedadam": 1, "lora": 1, "lora_fda_q4": 1}
 GRID: dict[str, dict[str, tuple[float, ...]]] = {
     "head_only": {"lr": (0.1, 0.3, 1.0)},
@@ -44,16 +46,11 @@ GRID: dict[str, dict[str, tuple[float, ...]]] = {
 def _experiment(name: str, seed: int, settings: dict[str, float]) -> Experiment:
     """A recipe with the step sizes of the settings."""
     recipe = taciturn.recipe(METHODS[name])
-    method = recipe.method.replace(solver=_at(recipe.method.solver, settings["lr"]))
-    if "server" in settings:
-        method = method.replace(server=_at(method.server, settings["server"]))
+    method = recipe.method
+    for part, field in (("solver", "lr"), ("server", "server")):
+        if field in settings:
+            method = method.replace(**{part: replace(getattr(method, part), lr=settings[field])})
     return recipe.replace(method=method, seed=seed, rounds=ROUNDS[name], evaluate_every=EVERY[name], name=name, target=None)
-
-
-def _at(part: Any, lr: float) -> Any:
-    from dataclasses import replace
-
-    return replace(part, lr=lr)
 
 
 def _run(name: str, seed: int, settings: dict[str, float]) -> dict[str, Any]:
@@ -71,7 +68,13 @@ def _run(name: str, seed: int, settings: dict[str, float]) -> dict[str, Any]:
 
 def _all(jobs: list[tuple[str, int, dict[str, float]]], processes: int) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_run, *zip(*jobs, strict=True)))
+        runs = []
+        for future in as_completed([pool.submit(_run, *job) for job in jobs]):
+            run = future.result()
+            best = max(accuracy for accuracy, _ in run["curve"])
+            print(f"{run['method']:14} seed {run['seed']}  best {best:.3f}  {run['cpu_seconds']:.0f} CPU s", flush=True)
+            runs.append(run)
+        return runs
 
 
 def _tune(processes: int) -> None:
@@ -83,7 +86,6 @@ def _tune(processes: int) -> None:
     best: dict[str, Any] = {}
     for run in runs:
         run["best"] = max(accuracy for accuracy, _ in run["curve"])
-        print(run["method"], run["settings"], f"{run['best']:.3f}", f"{run['cpu_seconds']:.0f} CPU s", flush=True)
         if run["best"] > best.get(run["method"], {"best": -1.0})["best"]:
             best[run["method"]] = {key: run[key] for key in ("settings", "best")}
     tried = [{key: run[key] for key in ("method", "settings", "best")} for run in runs]
@@ -171,7 +173,8 @@ def main() -> None:
     if chosen.tune:
         _tune(chosen.processes)
         return
-    tuned = {name: best["settings"] for name, best in json.loads(TUNED.read_text())["chosen"].items()}
+    found = json.loads(TUNED.read_text())["chosen"] if TUNED.exists() else {}
+    tuned = {name: found.get(name, {"settings": {}})["settings"] for name in METHODS}
     seeds = range(1 if chosen.quick else 3)
     jobs = [(name, seed, tuned[name]) for seed in seeds for name in ("full_fedadam", "lora_fda_q4", "lora", "head_only")]
     runs = _all(jobs, chosen.processes)
