@@ -90,8 +90,9 @@ def fed_round(
     """Server state and a cohort -> the next server state. Errors: `AllClientsFailed`; the state is as before."""
     plan, stride = plan_round(server.round, ids, sizes, method, server.sync)  # 1 work and weight of each client
     down_key = fold(key, "broadcast")
-    news = server.x, server.round, server.cast, split.layout, down_key, server.merges, split.kinds
-    cast = method.broadcast.publish(*news)  # 2 encode the model once for each kind, and what the base takes
+    cast = method.broadcast.publish(  # 2 encode the model once for each kind, and what the base takes
+        server.x, server.round, server.cast, split.layout, down_key, server.merges, split.kinds
+    )
     sync = train(engine, method.sync, server.sync, cast, plan, stride)  # 3-5 send it; local training on every client
     total = method.aggregator.start(server.agg, server.x)
     blocks = []

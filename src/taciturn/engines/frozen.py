@@ -9,19 +9,9 @@ from torch import Tensor, nn
 
 from taciturn.client import Work
 from taciturn.core.types import Batch, Clients
-from taciturn.engines.layers import Step
+from taciturn.engines.layers import Gather, Step
 from taciturn.engines.prefix import Prefix, find
-from taciturn.engines.swap import Program, Refusal, in_model
-
-
-class _Unasked:
-    """Takes no gradient."""
-
-    def product(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Not called."""
-
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Not called."""
+from taciturn.engines.swap import Program, in_model
 
 
 class Evaluated:
@@ -54,9 +44,7 @@ class Evaluated:
             if not torch.allclose(loss, task.measure(weights, batch | {"mask": mask})["loss"], rtol=1e-4):
                 return None
             prefix = find(program, forward, batch, data, keep)
-        except Refusal:
-            return None
-        except Exception:  # whatever a user's model raises on a copy of it: the plain way still works
+        except Exception:  # a refusal, or whatever a user's model raises on a copy of it: the plain way still works
             return None
         return None if prefix is None else cls(program, work, prefix)
 
@@ -67,4 +55,4 @@ class Evaluated:
 
 
 def _step(weights: dict[str, Tensor]) -> Step:
-    return Step(weights, _Unasked(), 1, True)
+    return Step(weights, Gather({}), 1, True)

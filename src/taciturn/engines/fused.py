@@ -24,7 +24,7 @@ from taciturn.core.state import State, flatten, tree_map, unflatten
 from taciturn.core.types import Batch
 from taciturn.core.vector import Layout
 from taciturn.engines.late import Late
-from taciturn.engines.layers import Step, Weights
+from taciturn.engines.layers import Gather, Step, Weights
 from taciturn.engines.prefix import Prefix, find, saved_bytes
 from taciturn.engines.swap import Program, Refusal, in_model
 from taciturn.engines.train import Fetch
@@ -74,21 +74,6 @@ class _Apply:
     def _pull(self, name: str, w: Tensor) -> None:
         if self.mu and name in self.base:
             w.add_(self.base[name], alpha=self.lr * self.mu)
-
-
-@dataclass
-class _Gather:
-    """Gradients by name, for solvers that need them whole."""
-
-    found: Weights
-
-    def product(self, name: str, left: Tensor, right: Tensor) -> None:
-        """gradient = left @ right."""
-        self.found[name] = torch.bmm(left, right)
-
-    def add(self, name: str, gradient: Tensor) -> None:
-        """gradient = gradient."""
-        self.found[name] = gradient
 
 
 def _joined(weights: Weights, layout: Layout, like: Tensor) -> Tensor:
@@ -210,7 +195,7 @@ class Fused:
 
     def _moments(self, part: _Part, k: int, t: int, *seen: Any) -> Tensor:
         """AdamW: the gradients of all layers, then torch's fused kernel -> losses [k]."""
-        found = _Gather({})
+        found = Gather({})
         mine = part.own if k == len(part.losses) else {name: w[:k] for name, w in part.own.items()}
         losses = self._backward(Step(part.base if part.fresh else mine, found, k, part.fresh), *seen)
         if part.fresh:
@@ -244,7 +229,7 @@ class Fused:
     def _general(self, part: _Part, k: int, t: int, *seen: Any) -> Tensor:
         """Any solver that asks for one gradient a step, at (y, v): the gradient is gathered, then the solver steps."""
         live: State = tree_map(lambda tensor: tensor[:k], part.begun["solver"])
-        weights, gradients = self._shared.views(live["y"]) | self._personal.views(live["v"]), _Gather({})
+        weights, gradients = self._shared.views(live["y"]) | self._personal.views(live["v"]), Gather({})
         losses = self._backward(Step(weights, gradients, k, False), *seen)
         g_y = _joined(gradients.found, self._shared, live["y"])
         g_v = _joined(gradients.found, self._personal, live["v"])
@@ -305,7 +290,7 @@ class Fused:
         """Forward and backward of k clients; the weights' gradients go to the sink -> losses [k]."""
         task, mask = self.work.task, batch["mask"]
         batch = task.cast(batch)
-        with torch.enable_grad(), task.randomness(keys), self._kept(places):
+        with torch.enable_grad(), self._kept(places), task.randomness(keys):
             output = self.program(batch["input"].flatten(0, 1), step)
             values = task.values(output, batch["target"].flatten(0, 1))
             share = mask.to(values.dtype)  # of each sample in its client's loss: none of padding
@@ -325,7 +310,7 @@ class Fused:
 
         def forward(batch: Batch, draw: int = 0) -> Any:
             with task.randomness(torch.full((1,), draw, device=x0.device)):
-                return self.program(task.cast(batch)["input"], Step(weights, _Gather({}), 1, True))
+                return self.program(task.cast(batch)["input"], Step(weights, Gather({}), 1, True))
 
         weights = self._base | self._personal.views(self.work.split.v0)
         batch = {name: t[0] for name, t in fetched.items()}

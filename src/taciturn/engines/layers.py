@@ -38,6 +38,21 @@ class Sink(Protocol):
 
 
 @dataclass
+class Gather:
+    """Gradients by name, for solvers that need them whole."""
+
+    found: Weights
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """gradient = left @ right."""
+        self.found[name] = torch.bmm(left, right)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """gradient = gradient."""
+        self.found[name] = gradient
+
+
+@dataclass
 class Step:
     """One local step of a block: weights, where gradients go, and how the clients share the flat batch axis.
 

@@ -160,10 +160,9 @@ def find(program: Program, forward: Forward, batch: Batch, data: Clients, bytes:
             name, out = used[-1]
             program.put(name, StandIn(models[name], cut.kept(models[name])))
             if _holds(cut, forward, batch, output):
-                most = min(int(data.sizes.sum()), bytes // (out[0].numel() * out.element_size()))
-                return (
-                    Prefix(cut, forward, data, out[0], most, tuple(models)) if most >= CHUNK or most == len(out) else None
-                )
+                total, fit = int(data.sizes.sum()), bytes // (out[0].numel() * out.element_size())
+                if fit >= min(CHUNK, total):
+                    return Prefix(cut, forward, data, out[0], min(fit, total), tuple(models))
             for name, model in models.items():
                 program.put(name, model)
     return None

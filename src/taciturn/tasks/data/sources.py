@@ -155,8 +155,21 @@ def divide(
     split: Split = source.split
     parts = split.assign(target[torch.from_numpy(rest)], source.clients, random.fold(key, "split"))
     owners = {client: rest[rows] for client, rows in parts.items()}
-    held_out = hold_out(owners, test=source.test, validation=source.validation, seed=seed)
     note = f"{name}: {len(rest)} samples over {source.clients} clients by {source.split}; {unit}"
+    return owned(fields, owners, outputs, source, seed, note, central)
+
+
+def owned(
+    fields: dict[str, Tensor],
+    owners: dict[str, Any],
+    outputs: int,
+    source: Any,
+    seed: int,
+    note: str,
+    central: TableClients | None,
+) -> Federation:
+    """Tables [S, ..] and each client's rows -> the federation, with what a source's `test` and `validation` hold out."""
+    held_out = hold_out(owners, test=source.test, validation=source.validation, seed=seed)
     return federation(fields, held_out, kind="classification", outputs=outputs, central=central, note=note)
 
 

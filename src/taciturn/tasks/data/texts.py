@@ -29,9 +29,9 @@ from taciturn.core import random
 from taciturn.core.errors import DataError, require
 from taciturn.core.random import Key
 from taciturn.tasks import pretrained
-from taciturn.tasks.data.clients import Federation, TableClients, hold_out
-from taciturn.tasks.data.sources import divide
-from taciturn.tasks.data.splits import dirichlet, federation, iid, shards, stratified
+from taciturn.tasks.data.clients import Federation, TableClients
+from taciturn.tasks.data.sources import divide, owned
+from taciturn.tasks.data.splits import dirichlet, iid, shards, stratified
 from taciturn.tasks.pretrained import MINILM
 
 TOPICS = ("business", "entertainment", "politics", "sport", "tech")
@@ -99,9 +99,8 @@ class bbc_pairs:
         fields = {"input": pretrained.tokens(self.tokens, left, right, self.length), "target": torch.cat(targets)}
         central = TableClients.of(fields, {"server": np.arange(self.pairs, len(first))})
         owners = self.split.assign(labels[first[: self.pairs]], self.clients, random.fold(key, "split"))
-        held_out = hold_out(owners, test=self.test, validation=self.validation, seed=seed)
         note = f"BBC News, pairs of {self.words} words: {self.pairs} over {self.clients} clients by {self.split}"
-        return federation(fields, held_out, kind="classification", outputs=2, central=central, note=note)
+        return owned(fields, owners, 2, self, seed, note, central)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +162,9 @@ class clinc:
                 d: rows[random.choice(key, len(rows), min(self.limit, len(rows))).numpy()] for d, rows in owners.items()
             }
         central = _server(*encode([(text, intent) for text, intent in parts["test"]]))
-        held_out = hold_out(owners, test=self.test, validation=self.validation, seed=seed)
         note = f"CLINC150: {len(train)} samples of ten domains, each a client; {self.length} tokens"
         fields = {"input": inputs, "target": labels}
-        return federation(fields, held_out, kind="classification", outputs=len(names), central=central, note=note)
+        return owned(fields, owners, len(names), self, seed, note, central)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +191,9 @@ class mrpc:
         held, rest = stratified(target, self.central, random.fold(random.key(seed), "central"))
         names = np.array(clients)[rest]
         owners = {f"client-{name}": rest[names == name] for name in sorted(set(clients))}
-        held_out = hold_out(owners, test=self.test, validation=self.validation, seed=seed)
         note = f"MRPC: {len(rest)} pairs over the {len(owners)} clients of a published split; {self.length} tokens"
         central = TableClients.of(fields, {"server": held}) if len(held) else None
-        return federation(fields, held_out, kind="classification", outputs=2, central=central, note=note)
+        return owned(fields, owners, 2, self, seed, note, central)
 
 
 def _articles() -> tuple[list[str], list[int]]:
