@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taciturn import aggregation
 from taciturn.core import random
 
 KEY = random.key(3)
+
+
+def part_of(operator: str, **fields) -> aggregation.low_rank:
+    """The aggregator with this operator, and the rank that `fedex_trunc` needs."""
+    return aggregation.low_rank(operator=operator, residual_rank=1 if operator == "fedex_trunc" else None, **fields)
 
 
 def weights(clients: int, seed: int = 0) -> Tensor:

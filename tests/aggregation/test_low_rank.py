@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("peft", reason="partition lora needs peft: pip install 'taciturn[lora]'")
 
 import taciturn
+from aggregation.layers import part_of
 from conftest import Net, make_federation, make_task
 from drive import drive
 from taciturn import Broadcast, Experiment, Task, aggregation, codecs, participation, partition, server, solvers, sync
@@ -28,10 +29,6 @@ METHOD = Method(
     partition=PART, participation=participation.uniform(count=4), solver=solvers.sgd(lr=0.05), batch_size=8,
     sync=sync.every(epochs=3),
 )  # fmt: skip
-
-
-def part_of(operator, **fields):
-    return aggregation.low_rank(operator=operator, residual_rank=1 if operator == "fedex_trunc" else None, **fields)
 
 
 class Spy:

@@ -13,13 +13,13 @@ from torch import nn
 pytest.importorskip("peft", reason="partition lora needs peft: pip install 'taciturn[lora]'")
 
 import taciturn
+from aggregation.layers import part_of
 from conftest import Net, make_federation
-from drive import drive
+from drive import agree, drive, resumes
 from taciturn import Broadcast, Experiment, Task, aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
 from taciturn.core import random
 from taciturn.core.errors import ConfigError, MethodError, ModelError
-from taciturn.core.state import equal
 from taciturn.method import Method
 from taciturn.wire import nbytes
 from taciturn.wire.format import FRAME
@@ -51,10 +51,6 @@ METHOD = Method(
     partition=PART, participation=participation.uniform(count=3), solver=solvers.sgd(lr=0.2), batch_size=16,
     sync=sync.every(epochs=1),
 )  # fmt: skip
-
-
-def part_of(operator, **fields):
-    return aggregation.low_rank(operator=operator, residual_rank=1 if operator == "fedex_trunc" else None, **fields)
 
 
 class Spy:
@@ -101,15 +97,7 @@ def products(layout, x):
 @pytest.mark.parametrize("operator", MERGING)
 def test_engines_agree(operator, task):
     """Partial participation, and every fifth upload lost: bits and bytes of sequential and loopback are the same."""
-    method, faults = METHOD.replace(aggregator=part_of(operator)), {"lose": lambda r, i: (3 * r + i) % 5 == 0}
-    state, _, stats, traffic = drive(task, method, rounds=4, **faults)
-    wired, wire, wired_stats, wire_traffic = drive(task, method, "loopback", rounds=4, **faults)
-    stacked, _, _, stacked_traffic = drive(task, method, "stacked", rounds=4, block=2, **faults)
-    assert torch.equal(state.x, wired.x) and traffic == wire_traffic == stacked_traffic
-    assert equal(state.cast.held, wired.cast.held) and any(stat.left_out for stat in stats)
-    assert float((state.x - stacked.x).norm() / state.x.norm()) <= 1e-3
-    assert [s.aggregate for s in stats] == [s.aggregate for s in wired_stats]
-    assert not torch.equal(state.x, method.split(task.model, task.tracked).x0)
+    wired, wire, _, _ = agree(task, METHOD.replace(aggregator=part_of(operator)), block=2)
     copies = wire.post._copies.export()
     newest = wire.post.versions(copies["ids"]) == wired.cast.version
     assert newest.any() and not newest.all(), "some clients missed the last rounds"
@@ -215,12 +203,7 @@ def test_the_result_is_what_clients_hold_and_peft_opens_it(operator, tmp_path):
 def test_a_resumed_run_ends_in_the_same_bits(engine, tmp_path):
     method = METHOD.replace(aggregator=part_of("fedex"))
     experiment = Experiment(Task(Mixed, make_federation()), method, rounds=2, engine=engine, evaluate_clients_every=1)
-    taciturn.run(experiment, out=tmp_path / "run")
-    resumed = taciturn.run(experiment.replace(rounds=5), out=tmp_path / "run", resume=True)
-    whole = taciturn.run(experiment.replace(rounds=5))
-    assert all(torch.equal(resumed.tensors[name], t) for name, t in whole.tensors.items())
-    for one, other in zip(resumed.history, whole.history, strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+    resumes(experiment, tmp_path / "run")
 
 
 def test_workers_hold_the_base_too(task):

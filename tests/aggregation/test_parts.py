@@ -13,11 +13,10 @@ pytest.importorskip("peft", reason="partition lora needs peft: pip install 'taci
 import taciturn
 from aggregation.test_merges import SHAPES, Mixed, Spy
 from conftest import make_federation
-from drive import drive
+from drive import agree, drive, resumes
 from taciturn import Broadcast, Experiment, Task, aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.aggregation.low_rank import pairs_of
 from taciturn.core.errors import ConfigError, MethodError, UnknownName
-from taciturn.core.state import equal
 from taciturn.method import Method
 
 RANK, ALSO = 2, 3 * 20 + 3
@@ -59,14 +58,7 @@ def products(method, task, x):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_engines_agree(name, tasks):
-    method, faults = method_of(name), {"lose": lambda r, i: (3 * r + i) % 5 == 0}
-    state, _, stats, traffic = drive(tasks[name], method, rounds=4, **faults)
-    wired, wire, _, wire_traffic = drive(tasks[name], method, "loopback", rounds=4, **faults)
-    stacked, _, _, stacked_traffic = drive(tasks[name], method, "stacked", rounds=4, block=2, **faults)
-    assert torch.equal(state.x, wired.x) and traffic == wire_traffic == stacked_traffic
-    assert equal(state.cast.held, wired.cast.held) and any(stat.left_out for stat in stats)
-    assert float((state.x - stacked.x).norm() / state.x.norm()) <= 1e-3
-    assert not torch.equal(state.x, method.split(tasks[name].model, frozenset()).x0)
+    wired, wire, _, _ = agree(tasks[name], method_of(name), block=2)
     if wire.post._copies is not None:
         copies = wire.post._copies.export()
         newest = wire.post.versions(copies["ids"]) == wired.cast.version
@@ -135,12 +127,7 @@ def test_a_resumed_run_ends_in_the_same_bits(engine, tmp_path):
     experiment = Experiment(
         Task(Mixed, make_federation()), method_of("rolora"), rounds=3, engine=engine, evaluate_clients_every=1
     )
-    taciturn.run(experiment, out=tmp_path / "run")
-    resumed = taciturn.run(experiment.replace(rounds=5), out=tmp_path / "run", resume=True)
-    whole = taciturn.run(experiment.replace(rounds=5))
-    assert all(torch.equal(resumed.tensors[name], t) for name, t in whole.tensors.items())
-    for one, other in zip(resumed.history, whole.history, strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+    resumes(experiment, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", PARTS)

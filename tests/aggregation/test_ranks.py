@@ -14,11 +14,10 @@ pytest.importorskip("peft", reason="partition lora needs peft: pip install 'taci
 import taciturn
 from aggregation.test_merges import Mixed, Spy
 from conftest import make_federation
-from drive import drive
+from drive import agree, drive, resumes
 from taciturn import Broadcast, Experiment, Task, aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
 from taciturn.core.errors import ConfigError, MethodError
-from taciturn.core.state import equal
 from taciturn.method import Method
 
 RANKS = (2, 4, 1)
@@ -43,15 +42,7 @@ def task():
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_engines_agree(name, task):
-    method, faults = METHOD.replace(aggregator=AGGREGATORS[name]), {"lose": lambda r, i: (3 * r + i) % 5 == 0}
-    state, _, stats, traffic = drive(task, method, rounds=4, **faults)
-    wired, _, wired_stats, wire_traffic = drive(task, method, "loopback", rounds=4, **faults)
-    stacked, _, _, stacked_traffic = drive(task, method, "stacked", rounds=4, block=3, **faults)
-    assert torch.equal(state.x, wired.x) and traffic == wire_traffic == stacked_traffic
-    assert equal(state.cast.held, wired.cast.held) and any(stat.left_out for stat in stats)
-    assert float((state.x - stacked.x).norm() / state.x.norm()) <= 1e-3
-    assert [s.aggregate for s in stats] == [s.aggregate for s in wired_stats]
-    assert not torch.equal(state.x, method.split(task.model, task.tracked).x0)
+    agree(task, METHOD.replace(aggregator=AGGREGATORS[name]), block=3)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +178,7 @@ def test_a_resumed_run_ends_in_the_same_bits(engine, tmp_path):
     parts = parts if engine == "loopback" else {"aggregator": AGGREGATORS["flora"]}
     task = Task(Mixed, make_federation())
     experiment = Experiment(task, METHOD.replace(**parts), rounds=2, engine=engine, evaluate_clients_every=1)
-    taciturn.run(experiment, out=tmp_path / "run")
-    resumed = taciturn.run(experiment.replace(rounds=4), out=tmp_path / "run", resume=True)
-    whole = taciturn.run(experiment.replace(rounds=4))
-    assert all(torch.equal(resumed.tensors[name], t) for name, t in whole.tensors.items())
-    for one, other in zip(resumed.history, whole.history, strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+    whole = resumes(experiment, tmp_path / "run", rounds=4)
     small = dict(whole.client("site-2").named_parameters())["stem.lora_A.default.weight"]
     assert small[:1].any() and not small[1:].any(), "rank 1"
     assert whole.history[-1]["spread"]["ids"] == list(range(8))
