@@ -80,7 +80,7 @@ class Encoder(nn.Module):
         options: dict[str, Tensor] = {"attention_mask": bias}
         if self.separator is not None:
             ends = (ids == self.separator).long()
-            options["token_type_ids"] = ((ends.cumsum(1) - ends) > 0).long() * real.long()
+            options["token_type_ids"] = ((ends.cumsum(1) - ends) > 0).long()  # of padding, nobody asks
         states = self.body(input_ids=ids, **options).last_hidden_state
         shares = real.to(dtype) / real.sum(1, keepdim=True).clamp(min=1).to(dtype)
         pooled: Tensor = self.head((states * shares.unsqueeze(-1)).sum(1))
