@@ -62,10 +62,8 @@ class Work:
 
     def newcomer(self) -> State:
         """What a client owns before its first round."""
-        tx, _ = self.memory()
-        steps = torch.zeros((), dtype=torch.int64, device=self.split.x0.device)
-        own = {"v": self.split.v0, "b": self.split.b0, "solver": self.solver.init(self.split), "tx": tx}
-        return own | {"steps": steps}
+        split, steps = self.split, torch.zeros((), dtype=torch.int64, device=self.split.x0.device)
+        return {"v": split.v0, "b": split.b0, "solver": self.solver.init(split), "tx": self.memory()[0], "steps": steps}
 
     def params(self, held: State, y: Record, v: Record, b: Record) -> Record:
         """Named views -> everything `functional_call` needs; buffers are copies, for the model writes to them."""
@@ -122,10 +120,15 @@ def collect(work: Work, local: State, u: Vector, own: State, key: Key) -> tuple[
     """(encoded update, stats that ride on it, what the client owns once the upload is accepted), given its drift u."""
     message, solver = work.solver.message(local["solver"], u)
     message = message if work.kind.trains is None else work.kind.trains.cut(message)
+    origin = work.split.x0 if getattr(work.solver, "point", False) else None  # a point is sent as seen from x0
+    message = message if origin is None else message - origin
     payload, tx = work.codec.encode(message, work.mine(own["tx"]), key, layout=work.layout, knobs={})
     stats = {"loss": local["loss"] / local["done"].clamp(min=1), "steps": local["done"].to(torch.int32)}
-    kept = {"v": local["solver"]["v"], "b": local["b"], "solver": solver, "tx": work.kept(own["tx"], tx)}
-    return payload, stats, kept | {"steps": own["steps"] + local["done"]}
+    if origin is not None:
+        stats |= work.solver.tell(local["solver"])  # type: ignore[attr-defined]
+        solver = work.solver.settle(solver, origin + work.codec.known(tx))  # type: ignore[attr-defined]
+    kept = {"v": local["solver"]["v"], "b": local["b"], "solver": solver, "steps": own["steps"] + local["done"]}
+    return payload, stats, kept | {"tx": work.kept(own["tx"], tx)}
 
 
 def batches(key: Key, size: Tensor, first: Tensor, steps: int, batch: int, widest: int) -> tuple[Tensor, Tensor]:

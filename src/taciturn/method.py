@@ -48,6 +48,22 @@ def _check_running(codec: Codec, aggregator: Aggregator) -> None:
         raise MethodError(f"method: codec.alpha = {codec.alpha} and aggregator.alpha = {aggregator.alpha} must be equal")
 
 
+def _check_points(solver: Solver, aggregator: Aggregator, server: ServerOptimizer) -> None:
+    """Clients that send points, of which the server keeps the mean, need all of what that mean is made of."""
+    sends, keeps = bool(getattr(solver, "point", False)), isinstance(aggregator, running) and aggregator.update == "point"
+    if sends != keeps:
+        raise MethodError(
+            'method: a solver that sends points (admm) needs aggregator = running(update = "point") and codec = '
+            'difference(codec, alpha = 1, memory = "mean"), and only such a solver does; got solver = '
+            f"{type(solver).__name__}, aggregator = {aggregator}"
+        )
+    if keeps and (getattr(aggregator, "alpha", None) != 1.0 or server != server_sgd(lr=1.0)):
+        raise MethodError(
+            "method: the mean of the clients' points is the model itself: aggregator.alpha = 1, codec.alpha = 1 and server "
+            f"= sgd(lr = 1); got aggregator = {aggregator}, server = {server}"
+        )
+
+
 def _check_gauge(aggregator: Aggregator, server: ServerOptimizer) -> None:
     """An optimizer that remembers directions must not see its coordinates turned."""
     if isinstance(aggregator, low_rank) and aggregator.turns and server != server_sgd(lr=1.0):
@@ -144,6 +160,7 @@ class Method:
                 f"method.broadcast: {type(self.broadcast.codec).__name__} keeps a memory for one receiver, and a broadcast "
                 'has many; of = "change" with the codec inside it is the memory of the way down'
             )
+        _check_points(self.solver, self.aggregator, self.server)
         _check_running(self.codec, self.aggregator)
         _check_gauge(self.aggregator, self.server)
         _check_merges(self.aggregator, self.server, self.broadcast)

@@ -74,7 +74,8 @@ class difference:
     memory "receiver": the server keeps h of each client too, N d in all, and decodes h + q. "mean": the server keeps
     only the mean of all h, in `aggregator = running`, and decodes q. h moves when a message was accepted, on both
     sides. Source: Mishchenko et al. 2019 (DIANA), algorithm 1; Philippenko & Dieuleveut 2020 (Artemis); Richtarik et
-    al. 2021 (EF21), algorithm 2. Departure: EF21's first message is C(u), not u.
+    al. 2021 (EF21), algorithm 2. With "mean" h is float64, as the mean is: their roundings would add up.
+    Departure: EF21's first message is C(u), not u.
     """
 
     lossy: ClassVar[bool] = True
@@ -110,14 +111,21 @@ class difference:
 
     def init(self, layout: Layout) -> tuple[State, State]:
         """tx = {"h": zeros [d], "codec": ..}, rx = {"h": zeros [d]} or {}."""
-        tx = {"h": torch.zeros(layout.d), "codec": _sender(self.codec, layout, "difference")}
+        exact = torch.float64 if self.memory == "mean" else torch.float32
+        tx = {"h": torch.zeros(layout.d, dtype=exact), "codec": _sender(self.codec, layout, "difference")}
         return tx, {"h": torch.zeros(layout.d)} if self.memory == "receiver" else {}
+
+    def known(self, tx: State) -> Vector:
+        """h [d]: with alpha = 1, the u that the server knows of this sender."""
+        known: Vector = tx["h"]
+        return known
 
     def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
         """C(u - h), and the new h."""
-        payload, inner = self.codec.encode(u - tx["h"].to(u.dtype), tx["codec"], key, layout=layout, knobs=knobs)
+        h = tx["h"]
+        payload, inner = self.codec.encode((u - h).to(u.dtype), tx["codec"], key, layout=layout, knobs=knobs)
         q, _ = self.codec.decode(payload, {}, layout=layout)
-        return payload, {"h": tx["h"] + self.rate(layout.d) * q.float(), "codec": inner}
+        return payload, {"h": h + self.rate(layout.d) * q.to(h.dtype), "codec": inner}
 
     def decode(self, payload: Payload, rx: State, *, layout: Layout) -> tuple[Vector, State]:
         """h + q, and the new h; or q."""

@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw as adamw_kernel
 
 from taciturn import client
 from taciturn.client import Work
+from taciturn.core import random
 from taciturn.core.state import State, flatten, tree_map, unflatten
 from taciturn.core.types import Batch
 from taciturn.core.vector import Layout
@@ -335,6 +336,17 @@ def build(work: Work, bytes: int = 0, tolerance: float = 1e-4) -> Fused | str:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
+def _stirred(own: State) -> State:
+    """A newcomer's record with a little noise on its values: who looks at another point than y must be seen to."""
+
+    def noisy(t: Tensor) -> Tensor:
+        noise = 0.01 * random.normal(random.key(0), t.numel()).to(t).reshape(t.shape)
+        return t + noise if t.is_floating_point() else t
+
+    stirred: State = tree_map(noisy, own)
+    return stirred
+
+
 def _compare(work: Work, fused: Fused, tolerance: float) -> None:
     largest = work.task.train.sizes.argmax().repeat(2)
     n = int(work.task.train.sizes.max())
@@ -348,7 +360,7 @@ def _compare(work: Work, fused: Fused, tolerance: float) -> None:
         mask = torch.tensor([[True, True], [True, t == 0]], device=keys.device)
         return batch | {"mask": mask[:k]}, keys[:k] + t, torch.cat([largest[:k].unsqueeze(1), places], 1)
 
-    one = work.newcomer()
+    one = _stirred(work.newcomer())
     part = fused.begin(held, x0.expand(2, -1), tree_map(lambda t: t.expand(2, *t.shape), one), 1.0, 2)
     part = fused.advance(part, [1, 1], fetch)
     fused.program.refuse_idle()

@@ -1,5 +1,8 @@
 """LOCAL training. Every exported name is a part for `[method.solver]`; learning rates over rounds: schedules.py."""
 
+from taciturn.solvers.admm import admm
+from taciturn.solvers.blocks import alternating, joint
+from taciturn.solvers.lbfgs import lbfgs
 from taciturn.solvers.optimizers import adamw, prox, sgd
 
-__all__ = ["adamw", "prox", "sgd"]
+__all__ = ["adamw", "admm", "alternating", "joint", "lbfgs", "prox", "sgd"]

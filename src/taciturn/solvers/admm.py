@@ -1,0 +1,132 @@
+"""FedAPM: the clients' copies of the shared parameters are held together by duals, their personal parts by a proximal term.
+
+Symbols: x [d] the model received; y = u_i [d] the client's copy of it, v_i [p] its personal parameters, p_i [d] its dual, rho
+and sigma penalties, all in units of the client's own loss f_i (in the paper's, where f_i is divided by the number m of
+clients, p_i, rho, sigma and the learning rate's inverse are divided by m too); z_i = u_i + p_i / rho [d] its message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from taciturn.core.errors import require, unknown
+from taciturn.core.state import State, where
+from taciturn.core.types import Batch, Oracle, Record, Solver, Split
+from taciturn.core.vector import Vector
+from taciturn.solvers.blocks import alternating, check_blocks
+from taciturn.solvers.optimizers import Schedule, sgd
+
+Point = Literal["own", "server"]
+
+
+@dataclass(frozen=True, slots=True)
+class admm:
+    """A client's round of FedAPM, in the order v, u, p, z:
+
+        v_i <- argmin f_i(v, u_i) + (sigma / 2) |v - v_i|^2             by v_steps local steps of the optimizer v
+        u_i <- argmin f_i(v_i, u) + <p_i, u - x> + (rho / 2) |u - x|^2  by the round's further steps, of the optimizer u
+        p_i <- p_i + rho (u_i - x),   z_i = u_i + p_i / rho             sent as the change of what the server knows of it
+
+    and the server takes the mean of all clients' last z_i, those not in the cohort included: `aggregator = running(update
+    = "point")` with `codec = difference(.., alpha = 1, memory = "mean")`, which is both halves of the memory of z_i. What
+    arrives is binding for both sides: after a lossy message z' the client sets p_i = rho (z' - u_i), so that sum_i
+    [p_i + rho (u_i - x)] = 0 after every aggregation, whatever was lost. Kept on the client: u_i, p_i, xi_i and v_i, of
+    which nothing is sent. p_i = 0 and u_i = x0 at the start. With weights = "samples" on the server, the terms of client
+    i count n_i / n in the whole Lagrangian. v_steps = 0 and partition full is FedADMM.
+    How exactly: optimizers `lbfgs` on whole batches solve both; else fixed steps; xi > 0: the u-steps rest as soon as
+    |g_y f_i + p_i + rho (u_i - x)|^2 <= xi_i on their batch, with xi_i <- max(xi_decay xi_i, xi_floor) in every round of
+    the client, so that |g_y f_i(v_i, u_i) + p_i|^2 <= xi_i afterwards if batches are whole and steps suffice.
+    v_at: u_i at which v is trained, the client's "own" (the paper) or the "server"'s x (the authors' code); u_start: where
+    the u-steps begin, x (the authors' code) or the client's "own".
+    Errors: `MethodError` for v_steps where nothing is personal. Departure: the paper's constants are those for a_i = 1 / m.
+    Source: Zhu et al. 2025 (arXiv 2506.04672), algorithm 1; full model: Wang et al. 2022 (FedADMM).
+    """
+
+    point: ClassVar[bool] = True
+    rho: float = 0.2
+    sigma: float = 0.2
+    v_steps: int = 5
+    v: Solver = sgd()
+    u: Solver = sgd()
+    v_at: Point = "own"
+    u_start: Point = "server"
+    xi: float = 0.0
+    xi_decay: float = 0.9
+    xi_floor: float = 1e-24
+
+    def __post_init__(self) -> None:
+        require(self.rho > 0, f"admm.rho: above 0 (without a penalty this is solver = alternating); got {self.rho}")
+        require(self.sigma >= 0, f"admm.sigma: at least 0; got {self.sigma}")
+        require(self.v_steps >= 0, f"admm.v_steps: at least 0; got {self.v_steps}")
+        require(self.xi >= 0, f"admm.xi: at least 0 (0: steps decide); got {self.xi}")
+        require(0 < self.xi_decay <= 1, f"admm.xi_decay: above 0 and at most 1; got {self.xi_decay}")
+        require(self.xi_floor >= 0, f"admm.xi_floor: at least 0; got {self.xi_floor}")
+        for name in ("v_at", "u_start"):
+            if getattr(self, name) not in (places := ("own", "server")):
+                raise unknown("place", getattr(self, name), places, f"admm.{name}")
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of u, for both."""
+        return self.u.schedule
+
+    @property
+    def _inner(self) -> alternating:
+        return alternating(self.v_steps, self.v, self.u)
+
+    def init(self, split: Split) -> State:
+        """u_i = x0, p_i = 0, xi_i."""
+        check_blocks(split, "admm", self.u, self.v, self.v_steps)
+        xi = torch.tensor(self.xi, dtype=split.x0.dtype, device=split.x0.device)
+        return {"u": split.x0, "p": torch.zeros_like(split.x0), "xi": xi}
+
+    def begin(self, x: Vector, v: Vector, state: State) -> State:
+        """y where the v-steps look from; where the u-steps start is kept until then."""
+        places = {"own": state["u"], "server": x}
+        xi = torch.clamp(state["xi"] * self.xi_decay, min=self.xi_floor) if self.xi else state["xi"]
+        local = self._inner.begin(places[self.v_at if self.v_steps else self.u_start], v, {})
+        return local | {"x": x, "p": state["p"], "v0": v, "xi": xi, "from": places[self.u_start]}
+
+    def step(self, local: State, batch: Batch, oracle: Oracle, lr_scale: Tensor) -> tuple[State, Tensor]:
+        """One step on the augmented Lagrangian; the loss is f_i alone."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def augmented(y: Vector, v: Vector, batch: Batch) -> tuple[Tensor, Vector, Vector]:
+            loss, g_y, g_v = oracle(y, v, batch)
+            gap, back = y - local["x"], v - local["v0"]
+            extra = (local["p"] * gap).sum() + self.rho / 2 * gap.square().sum() + self.sigma / 2 * back.square().sum()
+            g_y = g_y + local["p"] + self.rho * gap
+            seen.append((loss, g_y.square().sum()))
+            return loss + extra, g_y, g_v + self.sigma * back
+
+        moved, _ = self._inner.step(local, batch, augmented, lr_scale)
+        loss, residual = seen[0]
+        if self.xi:
+            rests = (local["t"] >= self.v_steps) & (residual <= local["xi"])
+            moved = where(rests, local | {"t": moved["t"]}, moved)
+        if self.v_steps and self.v_at != self.u_start:
+            moved["y"] = torch.where(moved["t"] == self.v_steps, moved["from"], moved["y"])
+        return moved, loss
+
+    def message(self, local: State, u: Vector) -> tuple[Vector, State]:
+        """z_i, and u_i, p_i, xi_i."""
+        p = local["p"] + self.rho * (local["y"] - local["x"])
+        return local["y"] + p / self.rho, {"u": local["y"], "p": p, "xi": local["xi"]}
+
+    def settle(self, state: State, arrived: Vector) -> State:
+        """The dual that belongs to what the server now knows as z_i [d]."""
+        return state | {"p": (self.rho * (arrived - state["u"])).to(state["p"].dtype)}
+
+    def tell(self, local: State) -> Record:
+        """gap = |u_i - x|^2; coupling = <p_i, u_i - x> + (rho / 2) |u_i - x|^2, what L_i has beside f_i."""
+        gap = local["y"] - local["x"]
+        square = gap.square().sum()
+        return {"gap": square, "coupling": (local["p"] * gap).sum() + self.rho / 2 * square}
+
+    def affine(self) -> None:
+        """Not affine: the blocks take turns."""
+        return
