@@ -12,13 +12,15 @@ from taciturn.engines import build
 from taciturn.round import fed_round, start
 
 
-def drive(task, method, engine="sequential", rounds=5, block=None, seed=0, **faults):
-    """-> (final server state, engine, per-round statistics, per-round traffic)."""
+def drive(task, method, engine="sequential", rounds=5, block=None, seed=0, tap=None, **faults):
+    """-> (final server state, engine, per-round statistics, per-round traffic). tap: is given every message's bytes."""
     split = method.split(task.model, task.tracked)
     work = Work(task, split, method.solver, method.codec)
     key = random.key(seed)
     runner, path = build(engine, work, method, key, block=block, **faults)
     assert engine in ("auto", path.name), path
+    if tap is not None:
+        runner.post.carrier.tap = tap
     server, stats, traffic = start(split.x0, task.train.sizes, method, split.base), [], []
     sizes = task.train.sizes
     for r in range(rounds):

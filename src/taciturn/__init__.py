@@ -6,7 +6,7 @@
 True
 """
 
-from taciturn import aggregation, codecs, fleet, participation, partition, server, solvers, sync
+from taciturn import aggregation, codecs, fleet, methods, participation, partition, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import TaciturnError
 from taciturn.experiment.experiment import Experiment, StopAt
@@ -39,6 +39,7 @@ __all__ = [
     "data",
     "fleet",
     "load",
+    "methods",
     "models",
     "participation",
     "partition",

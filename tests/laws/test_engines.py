@@ -137,23 +137,7 @@ def test_personal_parameters_are_in_no_message(shared_task):
     seen: list[bytes] = []
     method = BASE.replace(partition=PARTITIONS["head"])
     split = method.partition.split(shared_task.model, shared_task.tracked)
-    from taciturn.client import Work
-    from taciturn.core import random
-    from taciturn.engines import build
-    from taciturn.round import fed_round, start
-
-    engine, _ = build("loopback", Work(shared_task, split, method.solver, method.codec), method, random.key(0))
-    engine.post.carrier.tap = seen.append
-    ids = torch.arange(8)
-    fed_round(
-        start(split.x0, shared_task.train.sizes, method),
-        ids,
-        shared_task.train.sizes,
-        method,
-        engine,
-        split,
-        random.key(1),
-    )
+    _, engine, _, _ = drive(shared_task, method, "loopback", rounds=1, tap=seen.append)
     wire = b"".join(seen)
     assert split.x0.numpy().tobytes()[:64] in wire, "the tap sees the shared model"
     for v in engine.store.export()["rows"]["v"]:

@@ -15,8 +15,18 @@ peft = pytest.importorskip("peft", reason="partition lora needs peft: pip instal
 
 import taciturn  # noqa: E402
 from conftest import Net, make_federation  # noqa: E402
-from drive import drive  # noqa: E402
-from taciturn import Experiment, Task, codecs, participation, partition, server, solvers, sync  # noqa: E402
+from drive import agree, drive  # noqa: E402
+from taciturn import (  # noqa: E402
+    Experiment,
+    Task,
+    aggregation,
+    codecs,
+    participation,
+    partition,
+    server,
+    solvers,
+    sync,
+)
 from taciturn.core.errors import ConfigError, MethodError, ModelError, UnknownName  # noqa: E402
 from taciturn.method import Method  # noqa: E402
 
@@ -69,6 +79,19 @@ def test_what_is_shared_and_under_which_names(name):
     assert set(saved) == {n for n in names if "lora" in n}, "peft's own names"
     assert all(tuple(saved[n].shape) == shape for n, shape in zip(split.layout.names, split.layout.shapes, strict=True)
                if n in saved)  # fmt: skip
+
+
+@pytest.mark.parametrize("share", ["both", "A"])
+def test_adapters_are_shared_and_the_head_is_kept(share):
+    part = partition.lora(rank=2, share=share, rest="frozen" if share == "both" else "personal", personal="head")
+    task = build(part)
+    split = part.split(task.model, task.tracked)
+    both = {"stem.lora_A.weight", "stem.lora_B.weight"}
+    assert set(split.layout.names) == (both if share == "both" else {"stem.lora_A.weight"})
+    assert {"head.weight", "head.bias"} <= set(split.personal.names)
+    parts = {"partition": part, "codec": codecs.difference(codecs.quantize4(), alpha=1.0, memory="mean")}
+    duals = {"solver": solvers.admm(v_steps=2), "aggregator": aggregation.running(update="point")}
+    agree(task, Method(**parts, **duals, participation=participation.uniform(count=5), sync=sync.every(steps=5)), block=3)
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -160,6 +183,8 @@ def test_saved_adapters_open_in_peft(tmp_path):
         ),
         (lambda: partition.lora(targets=("stm",)).prepare(Mixed()), UnknownName, "there is no module or parameter 'stm'"),
         (lambda: partition.lora(targets=("head",), also="head").prepare(Mixed()), MethodError, "choose one"),
+        (lambda: partition.lora(also="head", personal=("head",)).prepare(Mixed()), MethodError, "shared .* and personal"),
+        (lambda: partition.lora(share="core", personal="head"), ConfigError, "only R is trained"),
         (lambda: partition.lora().prepare(nn.Sequential(nn.Linear(2, 2))), ModelError, "no linear layer but its head"),
     ],
 )

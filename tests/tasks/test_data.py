@@ -506,3 +506,18 @@ def test_every_part_has_fields_of_simple_types():
         assert dataclasses.is_dataclass(part) and part.__doc__, name
         assert callable(getattr(part, "load", None) or getattr(part, "assign", None)), name
     assert isinstance(data.digits(limit=60, clients=2).load(0), Federation)
+
+
+def test_permuted_clients_name_the_classes_in_an_order_of_their_own():
+    plain, own = (data.digits(clients=3, permuted=permuted).load(0) for permuted in (False, True))
+    orders = []
+    for i in range(3):
+        ids, index = torch.tensor([i]), torch.arange(int(plain.train.sizes[i])).unsqueeze(0)
+        before, after = plain.train.fetch(ids, index), own.train.fetch(ids, index)
+        assert torch.equal(before["input"], after["input"])
+        pairs = set(zip(before["target"][0].tolist(), after["target"][0].tolist(), strict=True))
+        assert len(pairs) == 10 == len({new for _, new in pairs}), "a permutation of the ten classes"
+        orders.append(tuple(new for _, new in sorted(pairs)))
+    assert len(set(orders)) == 3
+    both = [one.central.fetch(torch.tensor([0]), torch.arange(50).unsqueeze(0))["target"] for one in (plain, own)]
+    assert torch.equal(*both), "the server's test set keeps the true names"

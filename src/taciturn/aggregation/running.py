@@ -83,4 +83,4 @@ def _residuals(means: dict[str, float], change: Vector) -> dict[str, Any]:
     The dual residual is rho times moved. f_i is the mean loss of the client's batches in the round.
     """
     told: dict[str, Any] = {"consensus": math.sqrt(means["gap"]), "moved": float(change.norm())}
-    return told | {"lagrangian": means["loss"] + means["coupling"]}
+    return told | {"lagrangian": means["loss"] + means["coupling"]} | {k: means[k] for k in ("rho",) if k in means}

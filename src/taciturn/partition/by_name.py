@@ -108,7 +108,7 @@ class layers:
         invert = bool(self.shared)
 
         def is_personal(name: str) -> bool:
-            return any(name == n or name.startswith(n + ".") for n in names) != invert
+            return below(name, names) != invert
 
         refuse_tracked(tracked, is_personal)
         _refuse_torn(model, is_personal)
@@ -117,6 +117,11 @@ class layers:
             side = "shared" if split.layout.d == 0 else "personal"
             raise MethodError(f"layers: no trainable parameter is {side} under {self}; full() shares all")
         return split
+
+
+def below(parameter: str, names: Iterable[str]) -> bool:
+    """Whether a parameter is one of these names, or lies below one of these modules."""
+    return any(parameter == name or parameter.startswith(name + ".") for name in names)
 
 
 def _owner(parameter: str) -> str:

@@ -22,7 +22,7 @@ from taciturn.core.errors import ConfigError, MethodError, ModelError, require, 
 from taciturn.core.state import State, write_atomic
 from taciturn.core.types import Record, Split
 from taciturn.core.vector import Kind, Layout, Part
-from taciturn.partition.by_name import cut, expand, refuse_tracked
+from taciturn.partition.by_name import below, cut, expand, refuse_tracked
 
 KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ADAPTER = "default"  # peft's name for the only one there is
@@ -54,8 +54,9 @@ class lora:
 
     A forward pass computes W0 x + (alpha / r) B (A x). targets: names of modules, patterns with * and ?, or "linear": every
     linear layer but the head. Linear, embedding and convolution layers can have adapters. also: names, patterns or helpers
-    ("head", "norms") of parameters that are trained and shared beside them. The adapters are peft's, put in by
-    `peft.inject_adapter_in_model` and exchanged under the names of its state dict.
+    ("head", "norms") of parameters that are trained and shared beside them; personal: likewise, trained and kept on the
+    client. The adapters are peft's, put in by `peft.inject_adapter_in_model` and exchanged under the names of its state
+    dict.
     ranks: of the clients, where they differ: client i has rank ranks[i mod their number], the largest being `rank`; it
     holds, trains and sends the first r_i columns of B and rows of A. alpha / r, of the largest, is the same for all.
     share: what is trained and sent. "both"; "A" or "B"; "alternate": B in even rounds and A in odd ones, and what changed
@@ -76,6 +77,7 @@ class lora:
     share: Literal["both", "A", "B", "alternate", "core"] = "both"
     rest: Literal["frozen", "personal", "server"] = "frozen"
     ranks: tuple[int, ...] = ()
+    personal: tuple[str, ...] | str = ()
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank: at least 1; got {self.rank}")
@@ -90,6 +92,7 @@ class lora:
         wrong = self.ranks and (min(self.ranks) < 1 or max(self.ranks) != self.rank)
         require(not wrong, f"lora.ranks: at least 1, the largest being rank = {self.rank}; got {self.ranks}")
         require(self.share == "both" or not self.ranks, f'lora.ranks: with share = "both"; got {self.share!r}')
+        require(self.share != "core" or not self.personal, 'lora.personal: with share = "core" only R is trained')
         if self.share == "A" and self.rest != "personal":
             raise MethodError(
                 'lora: B starts at 0, so with B frozen nothing is ever learnt; share = "B", or rest = "personal"'
@@ -126,11 +129,14 @@ class lora:
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model with its adapters; everything but them and `also` is frozen."""
         peft = _peft()
-        names, beside = self.adapted(model), expand(model, _listed(self.also))
-        overlap = sorted(beside & set(names))
+        names = self.adapted(model)
+        beside, own = (expand(model, _listed(words)) for words in (self.also, self.personal))
+        overlap = sorted((beside | own) & set(names))
         if overlap:
             raise MethodError(f"lora: {', '.join(overlap)} would have an adapter and be trained whole; choose one")
-        also = {n for n, _ in model.named_parameters() if any(n == b or n.startswith(b + ".") for b in beside)}
+        if beside & own:
+            raise MethodError(f"lora: {', '.join(sorted(beside & own))} cannot be shared (also) and personal; choose one")
+        also = {name for name, _ in model.named_parameters() if below(name, beside | own)}
         pattern = "|".join(re.escape(name) for name in names)
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=f"({pattern})", bias="none"
@@ -157,7 +163,10 @@ class lora:
         refuse_tracked(tracked, lambda name: False)
         if self.share == "core":
             return _cores(model, self.rank)
-        split = cut(model, tracked, lambda name: self._apart(name) and self.rest == "personal", called)
+        own = expand(model, _listed(self.personal))
+        split = cut(
+            model, tracked, lambda name: (self._apart(name) and self.rest == "personal") or below(name, own), called
+        )
         if self.share == "alternate":
             return replace(split, kinds=(_without(split, "A"), _without(split, "B")), kind_of=_parity)
         if self.rest == "server":

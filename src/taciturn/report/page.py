@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from taciturn.core.errors import RunError
 from taciturn.core.state import write_atomic
 from taciturn.report.adapters import adapter_figures
+from taciturn.report.consensus import consensus_figures
 from taciturn.report.drift import drift_figures, sync_facts
 from taciturn.report.figures import figures
 from taciturn.report.plot import Figure
@@ -53,7 +54,7 @@ def render(runs: Sequence[Run], target: float | None = None) -> str:
     """The page as text. Raises `RunError` as `tables.methods` does."""
     groups, rows, goal = methods(runs), summary(runs, target), common_target(runs, target)
     fraction = is_fraction(runs)
-    plots = figures(groups, goal) + drift_figures(groups) + adapter_figures(groups)
+    plots = figures(groups, goal) + drift_figures(groups) + adapter_figures(groups) + consensus_figures(groups)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(

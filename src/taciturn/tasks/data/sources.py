@@ -33,7 +33,8 @@ class digits:
     """Handwritten digits of scikit-learn: 1797 samples [1, 8, 8], 10 classes.
 
     central: fraction of every class that the server keeps as its test set; test, validation: fractions of each client's
-    samples; limit: at most so many samples in all.
+    samples; limit: at most so many samples in all. permuted: every client names the classes in an order of its own, so that
+    no shared head can serve all; the server's test set keeps the true names.
     Errors: `DataError` with the remedy when scikit-learn is not installed.
     Source: Alpaydin & Kaynak, UCI Optical Recognition of Handwritten Digits (its test part).
     """
@@ -44,6 +45,7 @@ class digits:
     test: float = 0.2
     validation: float = 0.0
     limit: int | None = None
+    permuted: bool = False
 
     def load(self, seed: int) -> Federation:
         """-> the federation of this seed."""
@@ -70,6 +72,7 @@ class mnist5k:
     test: float = 0.2
     validation: float = 0.0
     limit: int | None = None
+    permuted: bool = False
 
     def load(self, seed: int) -> Federation:
         """-> the federation of this seed."""
@@ -156,6 +159,11 @@ def divide(
     parts = split.assign(target[torch.from_numpy(rest)], source.clients, random.fold(key, "split"))
     owners = {client: rest[rows] for client, rows in parts.items()}
     note = f"{name}: {len(rest)} samples over {source.clients} clients by {source.split}; {unit}"
+    if getattr(source, "permuted", False):
+        fields, note = fields | {"target": target.clone()}, f"{note}; every client has an order of the classes of its own"
+        for number, rows in enumerate(owners.values()):
+            order = random.permutation(random.fold(key, "permuted", number), outputs)
+            fields["target"][rows] = order[target[rows]]
     return owned(fields, owners, outputs, source, seed, note, central)
 
 

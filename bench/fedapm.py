@@ -1,0 +1,352 @@
+"""FedAPM and its peers: the theory on quadratics, and a fair comparison on clients that are unlike.
+
+Theory: the dual invariant under half participation, lost uploads and a 4-bit codec with memory; descent of the augmented
+Lagrangian under the stated rho and sigma; the distance of each method's fixed point from the optimum, solved for.
+Comparison: every method tries the same number of settings (a step size of the clients times a second number of its own)
+on the clients' validation data with a seed of its own (`--tune`, kept in bench/results); then other seeds, judged on the
+clients' test data after the last round. Every method does the same local steps a round with the same cohorts.
+Bytes to the target: up and down when a method is first measured there; the target is the level that the best of the
+others reaches at the end, less one standard error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import taciturn
+from bench.common import RESULTS, finish, parser
+from bench.quadratics import Federated, Quadratics
+from taciturn import Experiment, Method, TaskSpec, codecs, data, methods, models, participation, partition, server, solvers
+from taciturn.experiment.result import worst_decile
+
+TUNED, TUNING_SEED = RESULTS / "fedapm_tuned.json", 1000
+LR = (0.03, 0.1, 0.3)
+HEAD = partition.layers(personal="head")
+STEPS = 10
+
+
+# ------------------------------------------------------------------------------------------------------------- theory
+
+
+def _admm(rho: float, sigma: float, steps: int, solver: Any = None, **parts: Any) -> Method:
+    optimizer = solver or solvers.sgd(lr=0.1)
+    half = {"v_steps": steps, "u_steps": steps}
+    return methods.fedapm(rho=rho, sigma=sigma, u=optimizer, **half, **parts)
+
+
+def invariant(rounds: int) -> float:
+    """Largest |sum_i [p_i + rho (u_i - x)]| over the sum of its terms: half of the clients, lost uploads, 4 bits."""
+    problem, half = Quadratics(clients=8, d=12, p=4), participation.uniform(count=4)
+    method = _admm(0.7, 0.4, 3, codec=codecs.quantize4(), participation=half)
+    run, worst = Federated(problem, method, lose=lambda r, i: (3 * r + i) % 5 == 0), 0.0
+    for _ in range(rounds):
+        run.round()
+        own = run.own()
+        terms = own["p"] + 0.7 * (own["u"] - run.server.x)
+        worst = max(worst, float(terms.sum(0).norm() / terms.norm(dim=1).sum()))
+    return worst
+
+
+def descent(rounds: int) -> int:
+    """Rounds in which the Lagrangian falls by less than lemma 1 says, blocks solved, all and half of the clients."""
+    problem, found = Quadratics(), 0
+    largest = problem.lipschitz()
+    rho = 3 * max(largest["u"], largest["uv"])
+    sigma = max(1.01 * 8 * rho / 15, largest["v"])
+    a = min(rho / 60, sigma / 2 - 4 * rho / 15)
+    for count in (problem.clients, problem.clients // 2):
+        exact = _admm(rho, sigma, 1, solvers.lbfgs(iterations=12), participation=participation.uniform(count=count))
+        run = Federated(problem, exact.replace(solver=solvers.admm(**_fields(exact.solver) | {"u_start": "own"})))
+        before, value = (run.own(), run.server.x), _lagrangian(problem, run, rho)
+        for _ in range(rounds):
+            run.round()
+            own, now = run.own(), _lagrangian(problem, run, rho)
+            moved = sum((own[name] - before[0][name]).square().sum() for name in ("u", "v"))
+            moved = moved + problem.clients * (run.server.x - before[1]).square().sum()
+            found += int(value - now < a * moved - 1e-12)
+            before, value = (own, run.server.x), now
+    return found
+
+
+def _fields(solver: Any) -> dict[str, Any]:
+    return {name: getattr(solver, name) for name in solver.__slots__}
+
+
+def _lagrangian(problem: Quadratics, run: Federated, rho: float) -> Tensor:
+    own = run.own()
+    gap = own["u"] - run.server.x
+    return (problem.value(own["u"], own["v"]) + (own["p"] * gap).sum(1) + rho / 2 * gap.square().sum(1)).sum()
+
+
+def bias(steps: int = 5) -> dict[str, float]:
+    """Distance of each method's fixed point from the optimum, over |u*|, at `steps` local steps of each block."""
+    problem, plain = Quadratics(), solvers.sgd(lr=0.1)
+    best = problem.optimum()[0]
+    tried = {
+        "admm": _admm(0.7, 0.4, steps),
+        "fedalt": methods.fedalt(u=plain, v_steps=steps, u_steps=steps),
+        "fedsim": methods.fedsim(u=plain, steps=steps),
+    }
+    return {name: float((Federated(problem, m).fixed_point() - best).norm() / best.norm()) for name, m in tried.items()}
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task: its source by (validation fraction), model, clients a round, batch, rounds, and what clips gradients."""
+
+    source: Callable[[float], Any]
+    model: Any
+    count: int
+    batch: int
+    rounds: int
+    clip: float | None = None
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data, where they lie beside the project
+
+CASES = {
+    "activity": Case(
+        lambda held: data.activity(path=str(SHARED / "hapt"), validation=held), models.temporal(), 10, 16, 40, 5.0
+    ),
+    "turbofan": Case(
+        lambda held: data.turbofan(path=str(SHARED / "cmapss"), test=0.2, validation=held),
+        models.temporal(channels=(16, 16)), 10, 16, 40, 1.0,
+    ),
+    "air": Case(
+        lambda held: data.air(path=str(SHARED / "beijing_air"), validation=held), models.mlp(hidden=(32,)), 4, 32, 40, 5.0
+    ),
+    "heart": Case(
+        lambda held: data.heart(path=str(SHARED / "heart_disease"), validation=held), models.mlp(hidden=(16,)), 2, 16, 40
+    ),
+    "digits": Case(
+        lambda held: data.digits(
+            clients=20, split=data.dirichlet(alpha=0.3, min_partition_size=15), central=0.0, validation=held
+        ),
+        models.mlp(hidden=(64,)), 4, 16, 40,
+    ),
+    "digits-permuted": Case(
+        lambda held: data.digits(clients=20, central=0.0, validation=held, permuted=True), models.mlp(hidden=(64,)), 4, 16, 40
+    ),
+}  # fmt: skip
+QUICK = ("activity", "heart", "digits", "digits-permuted")
+Make = Callable[[Any, float], Method]
+# name -> (method from an optimizer and a second number, the numbers that are tried)
+PEERS: dict[str, tuple[Make, tuple[float, ...]]] = {
+    "fedavg": (lambda u, rate: methods.fedavg(u, server=server.sgd(lr=rate)), (1.0, 1.5)),
+    "fedprox": (lambda u, mu: methods.fedprox(u, mu=mu), (0.01, 0.1)),
+    "scaffold": (lambda u, rate: methods.scaffold(u.lr, rate=rate), (1.0, 1.5)),
+    "fedadmm": (lambda u, rho: methods.fedadmm(u, rho=rho), (0.05, 0.3)),
+    "fedsim": (lambda u, rate: methods.fedsim(HEAD, u=u, server=server.sgd(lr=rate)), (1.0, 1.5)),
+    "fedalt": (lambda u, rate: methods.fedalt(HEAD, u=u, server=server.sgd(lr=rate)), (1.0, 1.5)),
+    "ditto": (lambda u, lam: methods.ditto(u, lam=lam), (0.1, 1.0)),
+    "pfedme": (lambda u, lam: methods.pfedme(u.lr, lam=lam), (1.0, 15.0)),
+    "local": (lambda u, share: methods.local(u, steps=int(share * STEPS)), (1.0, 3.0)),
+    "admm": (lambda u, rho: methods.fedapm(HEAD, u=u, rho=rho, sigma=rho), (0.05, 0.3)),
+}
+
+TUNED_FIRST = "fedavg"  # fedavg+ft goes on from it: all clients, at home, from the trained model
+FINE_STEPS = (10.0, 50.0)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A model source that gives a trained model."""
+
+    model: nn.Module
+
+    def build(self, sample: Tensor, outputs: int) -> nn.Module:
+        """The model."""
+        return self.model
+
+
+def _experiment(case: Case, method: Method, seed: int, tuning: bool) -> Experiment:
+    method = method.replace(participation=participation.uniform(count=case.count), batch_size=case.batch)
+    task = TaskSpec(case.source(0.2 if tuning else 0.0), case.model)
+    on = "validation" if tuning else "test"
+    return Experiment(
+        task, method, rounds=case.rounds, seed=seed, evaluate_on=on, evaluate_every=case.rounds if tuning else 5
+    )
+
+
+def _optimizer(case: Case, lr: float) -> solvers.sgd:
+    return solvers.sgd(lr=lr, clip=case.clip)
+
+
+def run_one(
+    task: str, name: str, setting: tuple[float, float], seed: int, tuning: bool, base: Any = None
+) -> dict[str, Any]:
+    """One method on one task -> where it ended, worst decile, and the curve of (value, bytes); base: of fedavg+ft."""
+    torch.set_num_threads(1)
+    case, job = CASES[task], {"task": task, "method": name, "setting": list(setting), "seed": seed}
+    lr, second = setting
+    try:
+        first = PEERS[TUNED_FIRST][0](_optimizer(case, base[0]), base[1]) if base else None
+        method = first or PEERS[name][0](_optimizer(case, lr), second)
+        result = taciturn.run(_experiment(case, method, seed, tuning))
+        if base:
+            fine = methods.local(_optimizer(case, lr), steps=int(second), batch_size=case.batch)
+            start = TaskSpec(case.source(0.2 if tuning else 0.0), _Given(result.model))
+            on = "validation" if tuning else "test"
+            done = taciturn.run(Experiment(start, fine, rounds=1, seed=seed, evaluate_on=on))
+            result = replace(result, history=[*result.history[:-1], result.history[-1] | {
+                name: done.history[-1][name] for name in ("metrics", "spread")
+            }])  # fmt: skip
+    except taciturn.TaciturnError as error:
+        return job | {"failed": str(error)}
+    metric, goal = result.header["metric"]["name"], result.header["metric"]["goal"]
+    lines = [line for line in result.history if line["metrics"]]
+    rows = lines[-1]["spread"][metric]
+    curve = [(fmean(line["spread"][metric]), line["bytes_up"] + line["bytes_down"], line["round"]) for line in lines]
+    return job | {"value": fmean(rows), "worst": worst_decile(rows, goal), "goal": goal, "metric": metric, "curve": curve}
+
+
+def _all(jobs: list[tuple[Any, ...]], processes: int) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        runs = []
+        for future in as_completed([pool.submit(run_one, *job) for job in jobs]):
+            runs.append(future.result())
+            one = runs[-1]
+            print(f"{one['task']:16}{one['method']:12}{one['setting']} seed {one['seed']} ", end="")
+            print(one.get("failed") or f"{one['metric']} {one['value']:.4f}", flush=True)
+        return runs
+
+
+def _better(run: dict[str, Any]) -> float:
+    """Larger is better."""
+    return -1e9 if "failed" in run else run["value"] * (1 if run["goal"] == "max" else -1)
+
+
+def tune(tasks: list[str], processes: int) -> None:
+    """The best setting of each method on each task, into bench/results, beside those of other tasks."""
+    found = json.loads(TUNED.read_text()) if TUNED.exists() else {"seed": TUNING_SEED, "chosen": {}, "tried": []}
+    jobs = [
+        (t, n, s, TUNING_SEED, True) for t in tasks for n, (_, more) in PEERS.items() for s in itertools.product(LR, more)
+    ]
+    runs = _all(jobs, processes)
+
+    def best(task: str, name: str, among: list[dict[str, Any]]) -> list[float]:
+        return max((one for one in among if (one["task"], one["method"]) == (task, name)), key=_better)["setting"]
+
+    found["chosen"] |= {task: {name: best(task, name, runs) for name in PEERS} for task in tasks}
+    fine = [
+        (t, "fedavg+ft", s, TUNING_SEED, True, found["chosen"][t][TUNED_FIRST])
+        for t in tasks
+        for s in itertools.product(LR, FINE_STEPS)
+    ]
+    runs += _all(fine, processes)
+    for task in tasks:
+        found["chosen"][task]["fedavg+ft"] = best(task, "fedavg+ft", runs)
+    kept = [one for one in found["tried"] if one["task"] not in tasks]
+    found["tried"] = kept + [{k: one.get(k) for k in ("task", "method", "setting", "value", "failed")} for one in runs]
+    TUNED.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def summary(runs: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
+    """Per task: mean, standard error and worst decile of each method; rounds and bytes to the target; who is best."""
+    told: dict[str, Any] = {name: {} for name in ("tasks", "standard_error", "worst_decile", "bytes_to_target")}
+    told |= {"rounds_to_target": {}, "best": {}, "target": {}, "byte_ratio_admm": {}}
+    for task in tasks:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for one in runs:
+            if one["task"] == task and "failed" not in one:
+                rows.setdefault(one["method"], []).append(one)
+        sign = 1 if next(iter(rows.values()))[0]["goal"] == "max" else -1
+        mean = {name: fmean(one["value"] for one in many) for name, many in rows.items()}
+        error = {name: stdev(o["value"] for o in many) / len(many) ** 0.5 if len(many) > 1 else None
+                 for name, many in rows.items()}  # fmt: skip
+        order = sorted(mean, key=lambda name: -sign * mean[name])
+        rival = next(name for name in order if name not in ("admm", "local"))
+        target = mean[rival] - sign * (error[rival] or 0.0)
+        reached = {name: [_reached(one["curve"], target, sign) for one in many] for name, many in rows.items()}
+        to = {
+            name: [fmean(hit[k] for hit in many if hit) if all(many) else None for k in (1, 2)]
+            for name, many in reached.items()
+        }
+        told["tasks"][task], told["standard_error"][task], told["best"][task] = mean, error, order[0]
+        told["worst_decile"][task] = {name: fmean(one["worst"] for one in many) for name, many in rows.items()}
+        told["target"][task] = {"value": target, "of": rival}
+        told["bytes_to_target"][task] = {name: spent for name, (spent, _) in to.items()}
+        told["rounds_to_target"][task] = {name: rounds for name, (_, rounds) in to.items()}
+        ours, theirs = to["admm"][0], to[rival][0]
+        told["byte_ratio_admm"][task] = theirs / ours if ours and theirs else None
+    return told
+
+
+def _reached(curve: list[Any], target: float, sign: int) -> Any:
+    return next((point for point in curve if sign * point[0] >= sign * target), None)
+
+
+def _show(figures: dict[str, Any], tasks: list[str]) -> None:
+    names = list(figures["tasks"][tasks[0]])
+    for key, title in (("tasks", "mean over clients after the last round"), ("worst_decile", "worst decile of clients")):
+        table = Table("method", *tasks, title=title)
+        for name in names:
+            cells = []
+            for task in tasks:
+                error = figures["standard_error"][task].get(name) if key == "tasks" else None
+                value = figures[key][task].get(name)
+                spread = "" if error is None else f" ± {error:.4f}"
+                cells.append("failed" if value is None else f"{value:.4f}{spread}")
+            table.add_row(name, *cells)
+        Console(width=40 + 22 * len(tasks)).print(table)
+    table = Table("method", *tasks, title="kB to the target")
+    for name in names:
+        spent = [figures["bytes_to_target"][task].get(name) for task in tasks]
+        table.add_row(name, *("-" if one is None else f"{one / 1e3:,.0f}" for one in spent))
+    Console(width=40 + 22 * len(tasks)).print(table)
+
+
+def main() -> None:
+    """Tune, or run and print."""
+    options = parser(__doc__)
+    options.add_argument("--tune", action="store_true", help="choose the settings on a seed of its own")
+    options.add_argument("--tasks", nargs="*", choices=CASES, help="some of the tasks")
+    options.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    chosen = options.parse_args()
+    there = [t for t in CASES if t.startswith("digits") or SHARED.is_dir()]
+    tasks = chosen.tasks or [t for t in there if t in QUICK or not chosen.quick]
+    if chosen.tune:
+        tune(tasks, chosen.processes)
+        return
+    settings = json.loads(TUNED.read_text())["chosen"]
+    tasks = [task for task in tasks if task in settings]
+    seeds = range(1 if chosen.quick else 5)
+    theory = {
+        "invariant_max": invariant(20 if chosen.quick else 100),
+        "descent_violations": descent(4 if chosen.quick else 25),
+        "fixed_point_bias": bias(),
+    }
+    jobs = [
+        (task, name, tuple(setting), seed, False, settings[task][TUNED_FIRST] if name == "fedavg+ft" else None)
+        for task in tasks
+        for seed in seeds
+        for name, setting in settings[task].items()
+    ]
+    runs = _all(jobs, chosen.processes)
+    figures = theory | summary(runs, tasks)
+    _show(figures, tasks)
+    missing = {task: "not run: --quick, or no data folder" for task in CASES if task not in tasks}
+    n = {"tasks": len(tasks), "seeds": len(seeds), "rounds": {task: CASES[task].rounds for task in tasks}}
+    figures |= {"not_run": missing, "n": n}
+    finish("fedapm", figures | ({} if chosen.quick else {"runs": runs}), chosen.quick)
+
+
+if __name__ == "__main__":
+    main()

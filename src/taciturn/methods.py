@@ -1,0 +1,88 @@
+"""Published methods for clients that are unlike, each a choice of parts; every part can be changed by name.
+
+Symbols: x shared, v_i personal parameters; u, v their optimizers (v as u unless given); steps: local steps a round. `parts`
+are fields of `Method` and replace what is chosen here: participation, batch_size, sync, codec ...
+
+    method    what is shared      what is sent up         what holds the clients together
+    fedavg    all                 change of the model     the mean
+    fedprox   all                 change of the model     the mean, and (mu / 2) |y - x|^2
+    fedsim    all but v           change of x             the mean; v and x move at once (FedPer)
+    fedalt    all but v           change of x             the mean; first v, then x (FedRep)
+    fedapm    all but v           change of u + p / rho   duals, and the mean over ALL clients
+    fedadmm   all                 change of u + p / rho   the same, nothing personal
+
+>>> fedapm(rho=0.5).sync.steps
+10
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taciturn.aggregation import mean, running
+from taciturn.codecs import difference, identity
+from taciturn.core.types import Codec, Partition, Solver
+from taciturn.method import Method
+from taciturn.partition import full, layers
+from taciturn.solvers import admm, alternating, joint, prox, sgd
+from taciturn.sync import every
+
+HEAD, SGD = layers(personal="head"), sgd(lr=0.1)
+
+
+def _method(steps: int, parts: dict[str, Any], **chosen: Any) -> Method:
+    """The chosen parts, with a fixed number of local steps and every client counting the same, unless others are given."""
+    return Method(**({"sync": every(steps=steps), "aggregator": mean()} | chosen | parts))
+
+
+def fedavg(u: Solver = SGD, *, steps: int = 10, **parts: Any) -> Method:
+    """FedAvg: all is shared, and averaged after `steps` (McMahan et al. 2017, algorithm 1)."""
+    return _method(steps, parts, solver=u)
+
+
+def fedprox(u: Solver = SGD, *, mu: float = 0.01, steps: int = 10, **parts: Any) -> Method:
+    """FedProx: FedAvg whose clients are pulled towards x by (mu / 2) |y - x|^2 (Li et al. 2020, algorithm 2)."""
+    return _method(steps, parts, solver=prox(mu=mu, solver=u))
+
+
+def fedsim(
+    partition: Partition = HEAD, *, u: Solver = SGD, v: Solver | None = None, steps: int = 10, **parts: Any
+) -> Method:
+    """FedSim: shared and personal parameters move at once (Pillutla et al. 2022); with a personal head, FedPer."""
+    return _method(steps, parts, partition=partition, solver=joint(v=v or u, u=u))
+
+
+def fedalt(
+    partition: Partition = HEAD,
+    *,
+    u: Solver = SGD,
+    v: Solver | None = None,
+    v_steps: int = 5,
+    u_steps: int = 5,
+    **parts: Any,
+) -> Method:
+    """FedAlt: v_steps on the personal parameters, then u_steps on the shared ones (Pillutla et al. 2022); FedRep."""
+    return _method(v_steps + u_steps, parts, partition=partition, solver=alternating(v_steps=v_steps, v=v or u, u=u))
+
+
+def fedapm(
+    partition: Partition = HEAD,
+    *,
+    rho: float = 0.2,
+    sigma: float = 0.2,
+    u: Solver = SGD,
+    v: Solver | None = None,
+    v_steps: int = 5,
+    u_steps: int = 5,
+    codec: Codec = identity(),
+    **parts: Any,
+) -> Method:
+    """FedAPM: FedAlt's steps on an augmented Lagrangian, one dual a client (Zhu et al. 2025). codec: of what is new."""
+    solver = admm(rho=rho, sigma=sigma, v_steps=v_steps, v=v or u, u=u)
+    memory = {"codec": difference(codec, alpha=1.0, memory="mean"), "aggregator": running(update="point")}
+    return _method(v_steps + u_steps, parts, partition=partition, solver=solver, **memory)
+
+
+def fedadmm(u: Solver = SGD, *, rho: float = 0.2, steps: int = 10, codec: Codec = identity(), **parts: Any) -> Method:
+    """FedADMM: the same for a model that is shared as a whole (Wang et al. 2022)."""
+    return fedapm(full(), rho=rho, sigma=0.0, u=u, v_steps=0, u_steps=steps, codec=codec, **parts)

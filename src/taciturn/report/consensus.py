@@ -1,0 +1,76 @@
+"""Clients held together by duals (ADMM) in a report: how far their copies of the model are apart, and how it settles.
+
+Read from "aggregate" of a line of the record (`aggregation/running.py` says what each value is); runs without duals have
+none, and a report without any such run has none of these figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from taciturn.report.plot import Curve, Figure, line_figure, lines
+from taciturn.report.read import Run, number
+from taciturn.report.tables import Method
+
+HEIGHT = 280
+FIGURES = (
+    (
+        "consensus",
+        "Consensus residual",
+        "root of mean ‖uᵢ - x‖²",
+        "How far the clients' copies are from the model they got.",
+    ),
+    (
+        "dual",
+        "Dual residual",
+        "ρ ‖xₜ₊₁ - xₜ‖",
+        "How far the model moves, times ρ. Far below the consensus residual, ρ is small.",
+    ),
+    (
+        "lagrangian",
+        "Augmented Lagrangian",
+        "mean of fᵢ + ⟨pᵢ, uᵢ - x⟩ + ρ/2 ‖uᵢ - x‖²",
+        "Of the cohort, with the loss of its batches; it falls where ρ and σ are large enough, on the whole and not in every "
+        "round.",
+    ),
+)
+
+
+def told(run: Run, value: str) -> Curve:
+    """A value of each round that has it; "dual" is rho, which a round tells or else the configuration, times what moved."""
+    found = []
+    for line in run.rounds:
+        aggregate = line.get("aggregate")
+        row = aggregate if isinstance(aggregate, Mapping) else {}
+        known = number(row.get("moved" if value == "dual" else value))
+        factor = number(row.get("rho", _rho(run))) if value == "dual" else 1.0
+        if known is not None and factor is not None:
+            found.append((int(line["round"]), factor * known, 0.0))
+    return found
+
+
+def _rho(run: Run) -> Any:
+    """method.solver.rho of the run's configuration, None where there is none."""
+    value: Any = run.header
+    for name in ("experiment", "method", "solver", "rho"):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def consensus_figures(groups: Sequence[Method]) -> list[Figure]:
+    """The figures of the consensus, in the order of the page; none where no run has them."""
+    if not any(told(run, "consensus") for group in groups for run in group.runs):
+        return []
+    heading = Figure("duals", "What holds the clients together", "Both residuals vanish where training ends.", None)
+    return [heading, *(_figure(groups, *shown) for shown in FIGURES)]
+
+
+def _figure(groups: Sequence[Method], key: str, title: str, axis: str, reading: str) -> Figure:
+    traces = lines(groups, lambda run: told(run, key), over_bytes=False, value=".3g")
+    x = {"title": {"text": "communication round"}}
+    y: dict[str, Any] = {"title": {"text": axis}}
+    y |= {} if key == "lagrangian" else {"type": "log", "exponentformat": "power"}
+    plot = line_figure(traces, x, y)
+    plot.layout.meta = plot.layout.meta | {"height": HEIGHT}
+    return Figure(key, title, reading, plot)
