@@ -142,7 +142,8 @@ CASES = {
         models.mlp(hidden=(64,)), 4, 16, 40,
     ),
     "digits-permuted": Case(
-        lambda held: data.digits(clients=20, central=0.0, validation=held, permuted=True), models.mlp(hidden=(64,)), 4, 16, 40
+        lambda held: data.digits(clients=20, central=0.0, validation=held, permuted=True),
+        models.mlp(hidden=(64,)), 4, 16, 40,
     ),
 }  # fmt: skip
 QUICK = ("activity", "heart", "digits", "digits-permuted")

@@ -32,7 +32,8 @@ HEAD, SGD = layers(personal="head"), sgd(lr=0.1)
 
 def _method(steps: int, parts: dict[str, Any], **chosen: Any) -> Method:
     """The chosen parts, with a fixed number of local steps and every client counting the same, unless others are given."""
-    return Method(**({"sync": every(steps=steps), "aggregator": mean()} | chosen | parts))
+    fields: dict[str, Any] = {"sync": every(steps=steps), "aggregator": mean(), **chosen, **parts}
+    return Method(**fields)
 
 
 def fedavg(u: Solver = SGD, *, steps: int = 10, **parts: Any) -> Method:

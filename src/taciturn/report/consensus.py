@@ -24,15 +24,14 @@ FIGURES = (
     (
         "dual",
         "Dual residual",
-        "ρ ‖xₜ₊₁ - xₜ‖",
-        "How far the model moves, times ρ. Far below the consensus residual, ρ is small.",
+        "rho ‖xₜ₊₁ - xₜ‖",
+        "How far the model moves, times rho. Far below the consensus residual, rho is small.",
     ),
     (
         "lagrangian",
         "Augmented Lagrangian",
-        "mean of fᵢ + ⟨pᵢ, uᵢ - x⟩ + ρ/2 ‖uᵢ - x‖²",
-        "Of the cohort, with the loss of its batches; it falls where ρ and σ are large enough, on the whole and not in every "
-        "round.",
+        "mean of fᵢ + ⟨pᵢ, uᵢ - x⟩ + rho/2 ‖uᵢ - x‖²",
+        "Of the cohort, with the loss of its batches. Where rho and sigma are large enough it falls, not in every round.",
     ),
 )
 

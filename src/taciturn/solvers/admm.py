@@ -1,7 +1,7 @@
-"""FedAPM: the clients' copies of the shared parameters are held together by duals, their personal parts by a proximal term.
+"""FedAPM: the clients' copies of the shared parameters are held together by duals, personal ones by a proximal term.
 
-Symbols: x [d] the model received; y = u_i [d] the client's copy of it, v_i [p] its personal parameters, p_i [d] its dual, rho
-and sigma penalties, all in units of the client's own loss f_i (in the paper's, where f_i is divided by the number m of
+Symbols: x [d] the model received; y = u_i [d] the client's copy of it, v_i [p] its personal parameters, p_i [d] its dual,
+rho and sigma penalties, all in units of the client's own loss f_i (in the paper's, where f_i is divided by the number m of
 clients, p_i, rho, sigma and the learning rate's inverse are divided by m too); z_i = u_i + p_i / rho [d] its message.
 """
 

@@ -127,8 +127,8 @@ class joint:
 
         (v, y) <- (v - lr_v g_v(y, v), y - lr_u g_y(y, v))
 
-    for plain SGD; with equal optimizers it is that optimizer on both, and with a personal head FedPer. Errors: `MethodError`
-    where nothing is personal.
+    for plain SGD; with equal optimizers it is that optimizer on both, and with a personal head FedPer.
+    Errors: `MethodError` where nothing is personal.
     Source: Pillutla et al. 2022 (arXiv 2204.03809), algorithm FedSim; Arivazhagan et al. 2019 (FedPer).
     """
 
