@@ -14,6 +14,14 @@ from taciturn.core.errors import ConfigError, UnknownName
 from taciturn.experiment import config
 from taciturn.experiment.recipes import RECIPES, check_data, recipe
 
+MEMORY = {"codec": {"name": "difference", "codec": "top_k", "alpha": 1.0, "memory": "mean"}}
+PAIRED = {  # parts that stand only beside each other
+    "running": MEMORY,
+    "admm": MEMORY | {"aggregator": {"name": "running", "update": "point"}},
+    "scaffold": {"aggregator": "controlled"},
+    "controlled": {"solver": "scaffold"},
+}
+
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_survive_toml(name):
@@ -31,11 +39,7 @@ def test_every_part_survives_toml():
         for name in config.PARTS[kind]:
             extra = {"participation": {"count": 3}, "partition": {"personal": "head"}}.get(kind, {})
             extra = {} if name in ("all", "full", "local", "lora", "twins") else extra
-            method = base["method"] | {kind: {"name": name, **extra}}
-            if name in ("controlled", "scaffold"):
-                method |= {"solver": "scaffold", "aggregator": "controlled"}
-            if name == "running":
-                method["codec"] = {"name": "difference", "codec": "top_k", "alpha": 1.0, "memory": "mean"}
+            method = base["method"] | {kind: {"name": name, **extra}} | PAIRED.get(name, {})
             experiment = config.from_table(base | {"method": method})
             assert config.from_table(config.to_table(experiment)) == experiment
             seen += 1
