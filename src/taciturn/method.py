@@ -6,14 +6,15 @@ and steps x who takes part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from taciturn.aggregation import low_rank, mean, running, weighted
+from taciturn.aggregation import controlled, low_rank, mean, running, weighted
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
-from taciturn.codecs import difference, identity
+from taciturn.codecs import difference, error_feedback, identity, lossless
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import MethodError, ModelError, require
 from taciturn.core.types import (
@@ -30,7 +31,7 @@ from taciturn.core.vector import Layout
 from taciturn.participation import all as everyone
 from taciturn.partition import full
 from taciturn.server import sgd as server_sgd
-from taciturn.solvers import sgd
+from taciturn.solvers import scaffold, sgd
 from taciturn.sync import every
 
 _PROBE = Layout(("probe",), ((8, 8),))
@@ -87,6 +88,38 @@ def _check_merges(aggregator: Aggregator, server: ServerOptimizer, broadcast: Br
         raise MethodError(
             f"method: aggregator = {aggregator} merges into the frozen base what its pair of factors leaves out, and "
             f"broadcast.codec = {broadcast.codec} would lose a part of the pair; use broadcast.codec = identity"
+        )
+
+
+def _check_control(solver: Solver, codec: Codec, aggregator: Aggregator, server: ServerOptimizer) -> None:
+    """Solver and aggregator are the two ends of one message; its second half is summed up for good, unscaled."""
+    if isinstance(solver, scaffold) != isinstance(aggregator, controlled):
+        raise MethodError(
+            "method: solver = scaffold and aggregator = controlled are the two halves of SCAFFOLD; got solver = "
+            f"{type(solver).__name__} and aggregator = {type(aggregator).__name__}"
+        )
+    if not isinstance(solver, scaffold):
+        return
+    if server != server_sgd(lr=1.0):
+        raise MethodError(
+            f"method: server = {server} would move the control variate of scaffold, which is a mean and no direction; use "
+            "server = sgd(lr = 1), and aggregator = controlled(lr = ..) for the server's rate"
+        )
+    inner = codec.codec if isinstance(codec, lossless) else codec
+    if inner.lossy and not isinstance(inner, (difference, error_feedback)):
+        raise MethodError(
+            f"method: the server sums up what arrives of the control variates of scaffold, so what codec = {codec} loses "
+            f"stays in them; use identity, or a memory: error_feedback({type(inner).__name__}(..)) or difference(..)"
+        )
+
+
+def _check_alone(method: Method, split: Split) -> None:
+    """Where nothing is shared there is no vector to encode and no drift to look at."""
+    if not split.layout.d and (method.codec.lossy or method.broadcast.codec.lossy or method.sync.observer != "nobody"):
+        raise MethodError(
+            f"method: partition = {method.partition} shares nothing, so codec = {method.codec}, broadcast.codec = "
+            f"{method.broadcast.codec} and sync = {method.sync} have nothing to work on; use codec = identity, "
+            "broadcast = Broadcast(identity) and sync = every"
         )
 
 
@@ -163,22 +196,25 @@ class Method:
         _check_points(self.solver, self.aggregator, self.server)
         _check_running(self.codec, self.aggregator)
         _check_gauge(self.aggregator, self.server)
+        _check_control(self.solver, self.codec, self.aggregator, self.server)
         _check_merges(self.aggregator, self.server, self.broadcast)
 
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
-        """The partition's split, that for methods that merge where the aggregator does."""
+        """The partition's split, that for methods that merge where the aggregator does, with what the solver adds to it."""
         split = self.partition.split(model, tracked)
+        _check_alone(self, split)
         if split.kinds:
             _check_kinds(self.aggregator, split)
         _check_common(self.aggregator, split)
-        if not merges(self.aggregator):
-            return split
-        if split.merging is None:
-            raise MethodError(
-                f"method: aggregator = {self.aggregator} merges into layers with adapters whose factors are both shared, "
-                f'and partition = {self.partition} has none; use partition = lora(share = "both")'
-            )
-        return split.merging
+        if merges(self.aggregator):
+            if split.merging is None:
+                raise MethodError(
+                    f"method: aggregator = {self.aggregator} merges into layers with adapters whose factors are both "
+                    f'shared, and partition = {self.partition} has none; use partition = lora(share = "both")'
+                )
+            split = split.merging
+        extend: Callable[[Split], Split] | None = getattr(self.solver, "extend", None)
+        return split if extend is None else extend(split)
 
     def encoded(self, codec: Codec) -> Method:
         """The same method with another codec on the way up; `running` goes with the codec whose memory it kept."""

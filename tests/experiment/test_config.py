@@ -9,10 +9,18 @@ import torch.nn as nn
 
 import taciturn
 from conftest import make_federation
-from taciturn import codecs, fleet, sync
+from taciturn import codecs, fleet, solvers, sync
 from taciturn.core.errors import ConfigError, UnknownName
 from taciturn.experiment import config
 from taciturn.experiment.recipes import RECIPES, check_data, recipe
+
+MEMORY = {"codec": {"name": "difference", "codec": "top_k", "alpha": 1.0, "memory": "mean"}}
+PAIRED = {  # parts that stand only beside each other
+    "running": MEMORY,
+    "admm": MEMORY | {"aggregator": {"name": "running", "update": "point"}},
+    "scaffold": {"aggregator": "controlled"},
+    "controlled": {"solver": "scaffold"},
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -30,10 +38,8 @@ def test_every_part_survives_toml():
     for kind in kinds:
         for name in config.PARTS[kind]:
             extra = {"participation": {"count": 3}, "partition": {"personal": "head"}}.get(kind, {})
-            extra = {} if name in ("all", "full", "lora") else extra
-            method = base["method"] | {kind: {"name": name, **extra}}
-            if name == "running":
-                method["codec"] = {"name": "difference", "codec": "top_k", "alpha": 1.0, "memory": "mean"}
+            extra = {} if name in ("all", "full", "local", "lora", "twins") else extra
+            method = base["method"] | {kind: {"name": name, **extra}} | PAIRED.get(name, {})
             experiment = config.from_table(base | {"method": method})
             assert config.from_table(config.to_table(experiment)) == experiment
             seen += 1
@@ -78,6 +84,22 @@ def test_codecs_within_codecs():
         config.from_table(table)
     with pytest.raises(UnknownName, match=r"no field 'bitz'"):
         config.set_path(table, "method.codec.other.bitz", 3)
+
+
+def test_solvers_within_solvers():
+    """u and v of Ditto are solvers with fields of their own, and come back as they were."""
+    table = config.to_table(recipe("quickstart"))
+    table["method"] |= {"partition": "twins", "solver": {"name": "ditto", "lam": 0.3, "v": "adamw"}}
+    experiment = config.from_table(table)
+    assert experiment.method.solver == solvers.ditto(0.3, solvers.sgd(), solvers.adamw())
+    table = tomllib.loads(config.to_toml(experiment))
+    assert config.from_table(table) == experiment
+    config.set_path(table, "method.solver.u.lr", 0.02)
+    config.set_path(table, "method.solver.v", {"name": "prox", "mu": 0.5, "solver": "sgd"})
+    found = config.from_table(table).method.solver
+    assert found == solvers.ditto(0.3, solvers.sgd(0.02), solvers.prox(0.5, solvers.sgd()))
+    with pytest.raises(UnknownName, match=r"method\.solver\.v: there is no solver 'sdg'; did you mean 'sgd'"):
+        config.from_table(config.set_path(table, "method.solver.v", "sdg"))
 
 
 @pytest.mark.parametrize(

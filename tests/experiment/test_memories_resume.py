@@ -1,11 +1,11 @@
-"""Memories of codecs survive a crash: a resumed run ends in the bits of one that was never stopped, on every engine."""
+"""Memories of codecs and solvers survive a crash: a resumed run ends in the bits of one never stopped, on every engine."""
 
 from __future__ import annotations
 
 import pytest
 
 from conftest import Net, make_federation
-from taciturn import Experiment, Method, Task, aggregation, codecs, participation, run
+from taciturn import Experiment, Method, Task, aggregation, codecs, participation, partition, run, solvers
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.state import equal
 
@@ -18,6 +18,8 @@ PARTS = {
     },
     "lowrank": {"codec": codecs.ef21(codecs.lowrank(rank=2))},
     "down": {"codec": codecs.lossless(codecs.quantize2()), "broadcast": Broadcast(codecs.quantize8(), "change")},
+    "ditto": {"partition": partition.twins(), "solver": solvers.ditto()},
+    "scaffold": {"solver": solvers.scaffold(), "aggregator": aggregation.controlled()},
 }
 
 
@@ -30,5 +32,6 @@ def test_resumed_is_whole(name, engine, tmp_path):
     run(experiment.replace(rounds=2), out=tmp_path / "half")
     resumed = run(experiment, out=tmp_path / "half", resume=True)
     assert equal(whole.model.state_dict(), resumed.model.state_dict())
+    assert equal(whole.client("site-3").state_dict(), resumed.client("site-3").state_dict())
     told = [(line["loss"], line["bytes_up"], line["bytes_down"], line["metrics"]) for line in whole.history]
     assert told == [(line["loss"], line["bytes_up"], line["bytes_down"], line["metrics"]) for line in resumed.history]

@@ -82,8 +82,17 @@ COMPRESSED = {f"codec-{name}": {"codec": codec} for name, codec in COMPRESSED.it
     "down-sparsify": {"broadcast": Broadcast(codecs.sparsify(p=0.9), "change")},
     "averaged": {"server": server.averaged(server.momentum(lr=0.5))},
 }
+TWINS = {"partition": partition.twins()}
+SCAFFOLD = {"solver": solvers.scaffold(lr=0.1), "aggregator": aggregation.controlled()}
+PEERS = {
+    "ditto": TWINS | {"solver": solvers.ditto(0.5, solvers.sgd(0.1), solvers.adamw(0.01))},
+    "pfedme": TWINS | {"solver": solvers.pfedme(5.0, 2, 0.1, 0.05), "server": server.sgd(lr=0.5)},
+    "scaffold": SCAFFOLD,
+    "scaffold/head": SCAFFOLD | {"partition": PARTITIONS["head"]},
+    "scaffold-ef": SCAFFOLD | {"codec": codecs.error_feedback(codecs.top_k(share=0.3))},
+}
 ROWS = {f"{s}/{p}": {"solver": SOLVERS[s], "partition": PARTITIONS[p]} for s, p in itertools.product(SOLVERS, PARTITIONS)}
-METHODS = ROWS | OTHERS | COMPRESSED
+METHODS = ROWS | OTHERS | COMPRESSED | PEERS
 BASE = Method(participation=participation.uniform(count=4), sync=sync.every(epochs=2), batch_size=8)
 
 
@@ -108,6 +117,7 @@ def test_engines_agree(name, shared_task, vmap_task):
     assert traffic == wire_traffic and engine.post.ledger.totals == wire.post.ledger.totals
     for task, layers in ((shared_task, True), (vmap_task, False)):
         x_stacked, stacked, stacked_stats, stacked_traffic = drive(task, method, "stacked", block=3)
+        layers = layers and METHODS[name].get("partition") != partition.twins()  # two models of each client
         assert isinstance(stacked.crew.trainer.way, Fused) is layers, "each way of the stacked engine is looked at"
         assert float((x.x - x_stacked.x).norm() / x.x.norm()) <= 1e-5
         assert traffic == stacked_traffic
@@ -132,11 +142,12 @@ def test_personal_and_only_personal_parameters_stay(shared_task):
     assert len(torch.unique(v, dim=0)) == 8, "personal heads must differ"
 
 
-def test_personal_parameters_are_in_no_message(shared_task):
-    """Bytes of the heads, of duals or of data appear in nothing that crosses the line."""
+@pytest.mark.parametrize("parts", [{"partition": PARTITIONS["head"]}, PEERS["ditto"], PEERS["pfedme"]], ids=str)
+def test_personal_parameters_are_in_no_message(shared_task, parts):
+    """Bytes of the heads, of personal models or of data appear in nothing that crosses the line."""
     seen: list[bytes] = []
-    method = BASE.replace(partition=PARTITIONS["head"])
-    split = method.partition.split(shared_task.model, shared_task.tracked)
+    method = BASE.replace(participation=participation.all(), **parts)
+    split = method.split(shared_task.model, shared_task.tracked)
     _, engine, _, _ = drive(shared_task, method, "loopback", rounds=1, tap=seen.append)
     wire = b"".join(seen)
     assert split.x0.numpy().tobytes()[:64] in wire, "the tap sees the shared model"
@@ -156,10 +167,11 @@ def test_batchnorm_with_personal_norms_runs_and_one_by_one():
     assert len(torch.unique(means, dim=0)) == 4 and not torch.equal(means[0], torch.zeros_like(means[0]))
 
 
-def test_bytes_are_the_formula(shared_task):
-    """FedAvg in float32: 4 d up and down per client and round; 8 bytes of statistics; frames of 28 bytes."""
-    state, engine, _, _ = drive(shared_task, BASE, rounds=3)
-    d, messages = len(state.x), 3 * 4
+@pytest.mark.parametrize(("name", "vectors"), [("", 1), ("ditto", 1), ("pfedme", 1), ("scaffold", 2)])
+def test_bytes_are_the_formula(shared_task, name, vectors):
+    """In float32: 4 d up and down per client and round, 8 d of SCAFFOLD; 8 bytes of statistics; frames of 28 bytes."""
+    _, engine, _, _ = drive(shared_task, BASE.replace(**PEERS.get(name, {})), rounds=3)
+    d, messages = 99 * vectors, 3 * 4
     totals = engine.post.ledger.totals
     assert totals["up/update"] == {"payload": 4 * d * messages, "frame": 28 * messages, "messages": messages}
     assert totals["down/model"] == totals["up/update"]

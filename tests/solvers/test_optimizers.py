@@ -104,7 +104,8 @@ each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 
 def test_every_solver_has_a_row():
-    assert {type(solver).__name__ for solver in SOLVERS.values()} == set(solvers.__all__)
+    here = {name for name in solvers.__all__ if getattr(solvers, name).__module__.endswith(".optimizers")}
+    assert {type(solver).__name__ for solver in SOLVERS.values()} == here
 
 
 @pytest.mark.parametrize("name", ORACLES)

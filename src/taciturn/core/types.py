@@ -140,8 +140,6 @@ class Cast:
 
 
 # -------------------------------------------------------------------------------------------------- protocols
-
-
 class Partition(Protocol):
     """WHAT is shared."""
 
@@ -192,7 +190,9 @@ class Codec(Protocol):
 
 
 class Solver(Protocol):
-    """HOW a client trains: pure functions of a record that holds at least y [d] and v [p]."""
+    """HOW a client trains: pure functions of a record that holds at least y [d] and v [p]. One that shares values of its
+    own beside the model has `extend(split) -> Split` (core/extended.py): everybody then works with that split.
+    """
 
     @property
     def schedule(self) -> Callable[[int], float]:

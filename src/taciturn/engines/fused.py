@@ -122,8 +122,11 @@ class Fused:
         self._affine = work.solver.affine()
         self._adam = work.solver if isinstance(work.solver, adamw) and work.solver.clip is None else None
         self._flat = self._affine is None and self._adam is None
+        self._beside = split.layout.d - self._shared.d  # values that the solver shares after the model's
+        if self._beside and not self._flat:
+            raise Refusal("its solver shares values beside the model")
         self.program = Program(task.model, names)
-        self._base = self._shared.views(split.x0)
+        self._base = self._shared.views(split.x0[: self._shared.d])
         known = self.program.linear & set(self._shared.names)
         self.rows = rows or dict.fromkeys(sorted(known), 1)  # of each linear layer, for a sample
         self.saved = saved
@@ -146,7 +149,7 @@ class Fused:
     def begin(self, held: State, start: Tensor, own: State, lr_scale: float, steps: int) -> _Part:
         """Weights by layer, each dense, as a batch of products wants them; for other solvers flat records."""
         m, split = len(start), self.work.split
-        base = self._shared.views(start[0])
+        base = self._shared.views(start[0, : self._shared.d])
         if self._adam is not None:
             begun: State = {"solver": {"v": own["v"]}, "b": own["b"], "start": start}
         else:
@@ -230,9 +233,9 @@ class Fused:
     def _general(self, part: _Part, k: int, t: int, *seen: Any) -> Tensor:
         """Any solver that asks for one gradient a step, at (y, v): the gradient is gathered, then the solver steps."""
         live: State = tree_map(lambda tensor: tensor[:k], part.begun["solver"])
-        weights, gradients = self._shared.views(live["y"]) | self._personal.views(live["v"]), Gather({})
-        losses = self._backward(Step(weights, gradients, k, False), *seen)
-        g_y = _joined(gradients.found, self._shared, live["y"])
+        own, gradients = live["y"][:, : self._shared.d], Gather({})
+        losses = self._backward(Step(self._shared.views(own) | self._personal.views(live["v"]), gradients, k, False), *seen)
+        g_y = torch.nn.functional.pad(_joined(gradients.found, self._shared, own), (0, self._beside))
         g_v = _joined(gradients.found, self._personal, live["v"])
         solver, lr_scale = self.work.solver, losses.new_tensor(part.lr_scale)
 
@@ -273,7 +276,7 @@ class Fused:
         if self._flat:
             drifts: Tensor = part.begun["solver"]["y"] - part.start
             return weights @ drifts
-        sums = []
+        sums = [weights.new_zeros(0)]  # nothing may be shared
         for name, x in part.base.items():
             late = part.late.get(name)
             sums.append(weights @ (part.own[name] - x).reshape(len(weights), -1) if late is None else late.total(weights))

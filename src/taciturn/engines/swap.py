@@ -107,14 +107,18 @@ class Program:
 
 
 def in_model(split: Split) -> tuple[Layout, Layout]:
-    """The layouts of y and v under the names that the model gives their tensors. Errors: `Refusal`."""
+    """The layouts of y and v under the names that the model gives their tensors. Errors: `Refusal`.
+
+    What y holds after the model's own (core/extended.py) is left out.
+    """
     views = split.layout.views(split.x0), split.personal.views(split.v0)
     joined = {id(tensor): name for name, tensor in split.join({}, *views).items()}
     names = [[joined.pop(id(tensor), "") for tensor in view.values()] for view in views]
-    if joined or not all(itertools.chain(*names)):
-        raise Refusal("its partition joins more than views of the vectors")
-    shared, personal = names
-    return replace(split.layout, names=tuple(shared)), replace(split.personal, names=tuple(personal))
+    shared, personal = list(itertools.takewhile(bool, names[0])), names[1]
+    if joined or not all(personal) or any(names[0][len(shared) :]) or (names[0] and not shared):
+        raise Refusal("what its partition joins is not the views of both vectors")
+    own = Layout(tuple(shared), split.layout.shapes[: len(shared)])
+    return own, replace(split.personal, names=tuple(personal))
 
 
 def _known(module: nn.Module, name: str) -> tuple[Run, frozenset[str]] | None:

@@ -20,7 +20,7 @@ from taciturn import aggregation, codecs, participation, partition, server, solv
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, TaciturnError, unknown
 from taciturn.core.price import Price
-from taciturn.core.types import Codec
+from taciturn.core.types import Codec, Solver
 from taciturn.experiment.experiment import Experiment, StopAt
 from taciturn.method import Method
 from taciturn.solvers import schedules
@@ -63,9 +63,13 @@ def fields_of(part: Part) -> dict[str, Any]:
     return {name: hints.get(name, Any) for name in inspect.signature(part).parameters}
 
 
-# field -> the table of parts that it takes its value from: that of its name, or codecs for any other field of codecs
+# field -> the table of parts that it takes its value from: that of its name, or by its type that of codecs or solvers
 KINDS = {name: name for name in PARTS} | {
-    name: "codec" for part in PARTS["codec"].values() for name, hint in fields_of(part).items() if hint is Codec
+    name: kind
+    for kind, protocol in {"codec": Codec, "solver": Solver}.items()
+    for part in PARTS[kind].values()
+    for name, hint in fields_of(part).items()
+    if hint is protocol
 }
 
 

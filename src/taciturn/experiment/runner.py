@@ -382,4 +382,5 @@ def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None
         x = held["x"] if kind.holds is None else kind.holds.fill(kind.holds.cut(held["x"]))
         return tensors(x, own["v"][0], own["b"][0])
 
-    return Result(header, run.history, tensors(held["x"], split.v0, split.b0), stopped, folder, run.task.model_with, client)
+    v = held["x"] if split.personal == split.layout else split.v0  # of twins, the server's is the one that is shared
+    return Result(header, run.history, tensors(held["x"], v, split.b0), stopped, folder, run.task.model_with, client)

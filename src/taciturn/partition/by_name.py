@@ -82,6 +82,21 @@ class full:
 
 
 @dataclass(frozen=True, slots=True)
+class local:
+    """Every trainable parameter and running statistic stays on the client: d = 0, p = all. Training alone, the baseline
+    that sharing has to beat: messages are empty. Errors: `ModelError` for a model without trainable parameters.
+    """
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model as it is."""
+        return model
+
+    def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
+        """Cut the model."""
+        return cut(model, tracked, lambda name: True)
+
+
+@dataclass(frozen=True, slots=True)
 class layers:
     """Some parameters are shared, the others stay on the client. Give `personal` or `shared`, the other is the rest.
 

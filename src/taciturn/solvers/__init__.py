@@ -4,5 +4,7 @@ from taciturn.solvers.admm import admm
 from taciturn.solvers.blocks import alternating, joint
 from taciturn.solvers.lbfgs import lbfgs
 from taciturn.solvers.optimizers import adamw, prox, sgd
+from taciturn.solvers.scaffold import scaffold
+from taciturn.solvers.twins import ditto, pfedme
 
-__all__ = ["adamw", "admm", "alternating", "joint", "lbfgs", "prox", "sgd"]
+__all__ = ["adamw", "admm", "alternating", "ditto", "joint", "lbfgs", "pfedme", "prox", "scaffold", "sgd"]
