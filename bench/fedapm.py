@@ -157,7 +157,7 @@ PEERS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "fedsim": (lambda u, rate: methods.fedsim(HEAD, u=u, server=server.sgd(lr=rate)), (1.0, 1.5)),
     "fedalt": (lambda u, rate: methods.fedalt(HEAD, u=u, server=server.sgd(lr=rate)), (1.0, 1.5)),
     "ditto": (lambda u, lam: methods.ditto(u, lam=lam), (0.1, 1.0)),
-    "pfedme": (lambda u, lam: methods.pfedme(u.lr, lam=lam), (1.0, 15.0)),
+    "pfedme": (lambda u, lam: methods.pfedme(0.2 / lam, lam=lam, local_lr=u.lr), (1.0, 15.0)),
     "local": (lambda u, share: methods.local(u, steps=int(share * STEPS)), (1.0, 3.0)),
     "admm": (lambda u, rho: methods.fedapm(HEAD, u=u, rho=rho, sigma=rho), (0.05, 0.3)),
 }

@@ -1,6 +1,7 @@
 """FedAPM, FedAlt and FedSim as naked loops on quadratics, and what theory says of them.
 
-Symbols: N clients, S the cohort; u [d], v_i [p]; p_i duals, z_i = u_i + p_i / rho the cache [N, d] of a naive server; L the augmented Lagrangian; every quantity in units of a client's own loss.
+Symbols: N clients, S the cohort; u [d], v_i [p]; p_i duals, z_i = u_i + p_i / rho the cache [N, d] of a naive
+server; L the augmented Lagrangian; every quantity in units of a client's own loss.
 """
 
 from __future__ import annotations

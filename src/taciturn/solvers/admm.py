@@ -17,7 +17,7 @@ from taciturn.core.errors import require, unknown
 from taciturn.core.state import State, where
 from taciturn.core.types import Batch, Oracle, Record, Solver, Split
 from taciturn.core.vector import Vector
-from taciturn.solvers.blocks import alternating, check_blocks
+from taciturn.solvers.blocks import alternating, check_blocks, one_schedule
 from taciturn.solvers.optimizers import Schedule, sgd
 
 Point = Literal["own", "server"]
@@ -65,13 +65,14 @@ class admm:
         require(self.xi >= 0, f"admm.xi: at least 0 (0: steps decide); got {self.xi}")
         require(0 < self.xi_decay <= 1, f"admm.xi_decay: above 0 and at most 1; got {self.xi_decay}")
         require(self.xi_floor >= 0, f"admm.xi_floor: at least 0; got {self.xi_floor}")
+        one_schedule("admm", self.u, self.v)
         for name in ("v_at", "u_start"):
             if getattr(self, name) not in (places := ("own", "server")):
                 raise unknown("place", getattr(self, name), places, f"admm.{name}")
 
     @property
     def schedule(self) -> Schedule:
-        """That of u, for both."""
+        """That of u and v."""
         return self.u.schedule
 
     @property

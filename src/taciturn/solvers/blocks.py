@@ -47,6 +47,12 @@ def check_blocks(split: Split, solver: str, u: Solver, v: Solver, v_steps: int =
             raise MethodError(f"method.solver.{field} = {kind} keeps a state between rounds; use sgd, adamw, prox or lbfgs")
 
 
+def one_schedule(solver: str, u: Solver, v: Solver) -> None:
+    """Errors: `ConfigError` for optimizers of two schedules: a round has one factor."""
+    same = u.schedule == v.schedule
+    require(same, f"{solver}: u and v have one schedule; got u.schedule = {u.schedule}, v.schedule = {v.schedule}")
+
+
 def _begin(y: Solver, v: Solver, x: Vector, personal: Vector) -> State:
     """y = x, v, t = 0 and the records of the two optimizers, which hold no weights."""
     weights: State = {"y": x, "v": personal, "t": torch.zeros((), dtype=torch.int64, device=x.device)}
@@ -88,10 +94,11 @@ class alternating:
 
     def __post_init__(self) -> None:
         require(self.v_steps >= 0, f"alternating.v_steps: at least 0; got {self.v_steps}")
+        one_schedule("alternating", self.u, self.v)
 
     @property
     def schedule(self) -> Schedule:
-        """That of u, for both."""
+        """That of u and v."""
         return self.u.schedule
 
     def init(self, split: Split) -> State:
@@ -135,9 +142,12 @@ class joint:
     v: Solver = sgd()
     u: Solver = sgd()
 
+    def __post_init__(self) -> None:
+        one_schedule("joint", self.u, self.v)
+
     @property
     def schedule(self) -> Schedule:
-        """That of u, for both."""
+        """That of u and v."""
         return self.u.schedule
 
     def init(self, split: Split) -> State:
