@@ -30,7 +30,7 @@ class Central:
         views = split.layout.views(x), split.personal.views(split.v0), split.buffers.views(split.b0)
         params = self._work.params(held, *views)
         total: dict[str, float] = {}
-        for index in torch.split(torch.arange(int(self._data.sizes[0])), AT_ONCE):
+        for index in torch.split(torch.arange(int(self._data.sizes[0])), self._task.at_once(AT_ONCE)):
             batch: Batch = {name: t[0] for name, t in self._data.fetch(_SERVER, index.unsqueeze(0)).items()}
             batch["mask"] = torch.ones(len(index), dtype=torch.bool, device=x.device)
             for name, value in self._measure(params, batch, index).items():

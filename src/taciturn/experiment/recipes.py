@@ -15,7 +15,7 @@ from taciturn.experiment.experiment import Experiment
 from taciturn.method import Method
 from taciturn.partition import layers, lora
 from taciturn.tasks import data
-from taciturn.tasks.models import encoder, linear, mlp, temporal
+from taciturn.tasks.models import causal, encoder, linear, mlp, temporal
 from taciturn.tasks.spec import DataSource, TaskSpec
 
 Recipe = Callable[[str], Experiment]
@@ -178,6 +178,15 @@ def mrpc_lora(path: str) -> Experiment:
     return _encoded(data.mrpc(path=path or NEEDS_DATA), _lora_method(), "mrpc-lora")
 
 
+def smollm_lora(path: str) -> Experiment:
+    """Next tokens of BBC News by adapters in the last layers of a causal language model (SmolLM2, 135 M parameters)."""
+    source = data.bbc_text(clients=6, split=data.dirichlet(alpha=0.3, min_partition_size=12), length=24, limit=240)
+    names = tuple(f"body.model.layers.{i}.self_attn.{part}_proj" for i in range(24, 30) for part in "qv")
+    method = Method(partition=lora(rank=8, alpha=16.0, targets=names), solver=solvers.adamw(lr=0.005), batch_size=4)
+    method = method.replace(participation=participation.uniform(count=3), sync=sync.every(steps=5))
+    return Experiment(TaskSpec(source, causal()), method, rounds=8, name="smollm-lora")
+
+
 RECIPES: dict[str, Recipe] = {
     "activity": activity,
     "air": air,
@@ -199,6 +208,7 @@ RECIPES: dict[str, Recipe] = {
     "pairs-head": pairs_head,
     "pairs-lora": pairs_lora,
     "quickstart": quickstart,
+    "smollm-lora": smollm_lora,
     "turbofan": turbofan,
 }
 

@@ -28,6 +28,8 @@ RANDOMNESS: dict[str, Callable[[Key], AbstractContextManager[None]]] = {
     "seeded": seeded,
 }
 
+OUTPUT_VALUES = 1 << 25  # of the samples that are evaluated at once
+
 
 def apply_to_input(model: Callable[..., Any], batch: Batch) -> Any:
     """The default forward: model(batch["input"])."""
@@ -67,12 +69,14 @@ class Facts:
 
     randomness: "none", "keyed" (dropout that keys replace) or "seeded" (other draws). tracked: float buffers that
     training changes; counters: integer ones, written and never read. couples: samples of a batch influence each other.
+    wide: values of the output of one sample.
     """
 
     randomness: str
     tracked: frozenset[str]
     counters: tuple[str, ...]
     couples: bool
+    wide: int
 
 
 def examine(program: Program, model: nn.Module, train: Clients, device: str) -> Facts:
@@ -83,13 +87,17 @@ def examine(program: Program, model: nn.Module, train: Clients, device: str) -> 
     if "target" not in batch:
         raise DataError(f'samples have {sorted(batch)}; a field "target" is needed')
     before = {name: t.clone() for name, t in model.named_buffers()}
+    params: Record = dict(model.named_parameters())
+    batch = program.cast(batch)
 
     def run() -> Tensor:
         with torch.no_grad():
-            return program.values(model, dict(model.named_parameters()), batch)
+            return program.values(model, params, batch)
 
     try:
-        values = run()
+        with torch.no_grad():
+            output = program.output(model, params, batch)
+            values = program.per_sample(output, batch["target"])
         draws = changes_generator(run, torch.device(device))
         with keyed(key(0)):
             other = draws and changes_generator(run, torch.device(device))
@@ -114,6 +122,7 @@ def examine(program: Program, model: nn.Module, train: Clients, device: str) -> 
         frozenset(name for name, floating in moved.items() if floating),
         tuple(sorted(name for name, floating in moved.items() if not floating)),
         couples_samples(model),
+        output.numel() // 2 if isinstance(output, Tensor) else 1,
     )
 
 
@@ -190,10 +199,19 @@ class BuiltTask:
         """The batch with its floats in the run's precision."""
         return self.program.cast(batch)
 
+    def at_once(self, samples: int) -> int:
+        """How many of these samples to evaluate at once: at least 1, at most as many as have 2^25 values of output."""
+        return max(1, min(samples, OUTPUT_VALUES // max(1, self.facts.wide)))
+
     def measure(self, params: Record, batch: Batch) -> dict[str, Tensor]:
         """Sums [] over the samples that are not padding: "count", "loss" and each metric."""
+        n, sums = len(batch["mask"]), []
+        chunk = self.at_once(n)
         with torch.no_grad():
-            return self.sums(self.program.output(self.evaluated, params, self.program.cast(batch)), batch)
+            for first in range(0, max(1, n), chunk):
+                part = {name: t[first : first + chunk] for name, t in batch.items()}
+                sums.append(self.sums(self.program.output(self.evaluated, params, self.program.cast(part)), part))
+        return {name: torch.stack([one[name] for one in sums]).sum(0) for name in sums[0]}
 
     def sums(self, output: Any, batch: Batch) -> dict[str, Tensor]:
         """The same of an output of the model in evaluation mode."""

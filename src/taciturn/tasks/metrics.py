@@ -1,6 +1,6 @@
 """Losses and metrics as sums that travel: one value a sample, so that padding and pooling change nothing.
 
-Symbols: output [b, ..] of the model; target [b, ..]; value [b] float.
+Symbols: output [b, ..] of the model; target [b, ..]; value [b] float; of texts l tokens, V in the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
+
+PADDING = -100  # the target of a token that is not to be predicted, as torch's cross-entropy has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,16 @@ def per_sample(loss: Callable[..., Tensor]) -> Callable[[Any, Any], Tensor]:
     return values
 
 
+def next_token(output: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of the l tokens of each sequence: logits [b, l, V], target [b, l] -> [b].
+
+    Targets of `PADDING` do not count; a sequence of nothing else has 0. Departure: in the mean over a batch or a test set
+    all sequences weigh alike, however many tokens each has.
+    """
+    losses = F.cross_entropy(output.flatten(0, 1), target.flatten(), ignore_index=PADDING, reduction="none")
+    return losses.view(target.shape).sum(1) / (target != PADDING).sum(1).clamp(min=1)
+
+
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(-1) == target).float()
 
@@ -65,7 +77,12 @@ def _absolute(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).abs().flatten(1).mean(1)
 
 
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
+
+
 accuracy = Metric("accuracy", _accuracy)
 mse = Metric("mse", _square, "min")
 rmse = Metric("rmse", _square, "min", math.sqrt)
 mae = Metric("mae", _absolute, "min")
+perplexity = Metric("perplexity", next_token, "min", _exp)

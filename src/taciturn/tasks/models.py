@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taciturn.core.errors import DataError, require
-from taciturn.tasks.pretrained import encoder
+from taciturn.tasks.pretrained import causal, encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +97,4 @@ class temporal:
         return Temporal(sample.shape[1], self.channels, self.kernel, outputs)
 
 
-__all__ = ["cnn", "encoder", "linear", "mlp", "temporal"]
+__all__ = ["causal", "cnn", "encoder", "linear", "mlp", "temporal"]

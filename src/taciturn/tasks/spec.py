@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 from taciturn.tasks.built import BuiltTask
 from taciturn.tasks.data.clients import Federation
-from taciturn.tasks.metrics import accuracy, mae, rmse
+from taciturn.tasks.metrics import next_token
 from taciturn.tasks.task import Task
+
+# by the kind of the data
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "classification": F.cross_entropy, "regression": F.mse_loss, "text": next_token
+}  # fmt: skip
 
 
 class DataSource(Protocol):
@@ -33,7 +38,7 @@ class ModelSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """Data and model by name; loss and metrics follow from the data: cross-entropy and accuracy, or squared error."""
+    """Data and model by name; the loss follows from the kind of data, and the metrics from the loss."""
 
     data: DataSource
     model: ModelSource
@@ -49,10 +54,5 @@ class TaskSpec:
         data = self.data.load(seed)
         zero = torch.zeros(1, dtype=torch.int64)
         sample = data.train.fetch(zero, zero.unsqueeze(0))["input"][0, 0]
-        classify = data.kind == "classification"
-        return Task(
-            lambda: self.model.build(sample.cpu(), data.outputs),
-            data,
-            F.cross_entropy if classify else F.mse_loss,
-            (accuracy,) if classify else (rmse, mae),
-        ).build(seed, device, dtype, prepare)
+        task = Task(lambda: self.model.build(sample.cpu(), data.outputs), data, LOSSES[data.kind])
+        return task.build(seed, device, dtype, prepare)

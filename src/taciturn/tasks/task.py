@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from taciturn.core.errors import ModelError
 from taciturn.tasks.built import BuiltTask, Forward, Program, apply_to_input, examine
 from taciturn.tasks.data.clients import Federation, LazyClients, Samples, hold_out
-from taciturn.tasks.metrics import Metric, accuracy, mae, per_sample, rmse
+from taciturn.tasks.metrics import Metric, accuracy, mae, next_token, per_sample, perplexity, rmse
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Task:
 
     model: an `nn.Module`, or a function that makes one (called under the run's seed). data: a `Federation`, or one
     map-style dataset a client (list, or dict by client name), samples (input, target) or dicts of tensors. loss: of
-    `torch.nn`, `torch.nn.functional`, or your own that gives one value a sample. metrics: accuracy for cross-entropy and
-    root-mean-square error for squared error unless given; the first leads. test: a dataset that the server holds.
+    `torch.nn`, `torch.nn.functional`, or your own that gives one value a sample. metrics: accuracy for cross-entropy,
+    root-mean-square error for squared error and perplexity for `next_token` unless given; the first leads.
+    test: a dataset that the server holds.
     hold_out, validation: fractions of each client's samples that are its own test and validation data (0.2 for hold_out
     where there is no `test`, else 0); a `Federation` brings its own.
     forward(model, batch): how to call the model, `model(batch["input"])` unless given.
@@ -101,4 +102,4 @@ def _default_metrics(loss: Any) -> tuple[Metric, ...]:
         return (accuracy,)
     if loss is F.mse_loss or isinstance(loss, nn.MSELoss):
         return (rmse, mae)
-    return ()
+    return (perplexity,) if loss is next_token else ()

@@ -8,7 +8,7 @@ from taciturn.tasks.data.real import activity, air, heart, turbofan
 from taciturn.tasks.data.sources import digits, fashion, mnist5k
 from taciturn.tasks.data.splits import dirichlet, iid, shards
 from taciturn.tasks.data.synthetic import least_squares
-from taciturn.tasks.data.texts import banking, bbc, bbc_pairs, clinc, mrpc
+from taciturn.tasks.data.texts import banking, bbc, bbc_pairs, bbc_text, clinc, mrpc
 
 __all__ = [
     "activity",
@@ -16,6 +16,7 @@ __all__ = [
     "banking",
     "bbc",
     "bbc_pairs",
+    "bbc_text",
     "clinc",
     "digits",
     "dirichlet",

