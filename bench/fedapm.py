@@ -123,7 +123,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data, where they 
 
 CASES = {
     "activity": Case(
-        lambda held: data.activity(path=str(SHARED / "hapt"), validation=held), models.temporal(), 10, 16, 40, 5.0
+        lambda held: data.activity(path=str(SHARED / "hapt"), validation=held), models.temporal(), 6, 16, 30, 5.0
     ),
     "turbofan": Case(
         lambda held: data.turbofan(path=str(SHARED / "cmapss"), test=0.2, validation=held),
@@ -159,7 +159,8 @@ PEERS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "ditto": (lambda u, lam: methods.ditto(u, lam=lam), (0.1, 1.0)),
     "pfedme": (lambda u, lam: methods.pfedme(0.2 / lam, lam=lam, local_lr=u.lr), (1.0, 15.0)),
     "local": (lambda u, share: methods.local(u, steps=int(share * STEPS)), (1.0, 3.0)),
-    "admm": (lambda u, rho: methods.fedapm(HEAD, u=u, rho=rho, sigma=rho), (0.05, 0.3)),
+    "admm": (lambda u, rho: methods.fedapm(HEAD, u=u, rho=rho, sigma=0.05), (0.03, 0.2)),
+    "admm-auto": (lambda u, sigma: methods.fedapm(HEAD, u=u, rho="auto", sigma=sigma), (0.0, 0.05)),
 }
 
 TUNED_FIRST = "fedavg"  # fedavg+ft goes on from it: all clients, at home, from the trained model
@@ -273,7 +274,7 @@ def summary(runs: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
         error = {name: stdev(o["value"] for o in many) / len(many) ** 0.5 if len(many) > 1 else None
                  for name, many in rows.items()}  # fmt: skip
         order = sorted(mean, key=lambda name: -sign * mean[name])
-        rival = next(name for name in order if name not in ("admm", "local"))
+        rival = next(name for name in order if name not in ("admm", "admm-auto", "local"))
         target = mean[rival] - sign * (error[rival] or 0.0)
         reached = {name: [_reached(one["curve"], target, sign) for one in many] for name, many in rows.items()}
         to = {

@@ -19,7 +19,7 @@ FLOORS = [
     {"core"},
     set(ROOMS),
     {"method"},
-    {"client"},
+    {"client", "methods"},
     {"round"},
     {"engines"},
     {"tasks"},

@@ -26,7 +26,7 @@ def keys_of(m: int, seed: int = 0) -> torch.Tensor:
 
 def batches(sizes, first, steps, batch, widest=None, keys=None):
     size, start = (torch.as_tensor(t).expand(len(sizes)).clone() for t in (sizes, first))
-    return client.batches(keys_of(len(sizes)) if keys is None else keys, size, start, steps, batch, widest or max(sizes))
+    return random.batches(keys_of(len(sizes)) if keys is None else keys, size, start, steps, batch, widest or max(sizes))
 
 
 def same(a, b) -> bool:

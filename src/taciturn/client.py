@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from taciturn.core import random
 from taciturn.core.random import Key
 from taciturn.core.state import State, where
 from taciturn.core.types import Batch, Codec, Payload, Record, Solver, Split, Task
@@ -123,29 +122,11 @@ def collect(work: Work, local: State, u: Vector, own: State, key: Key) -> tuple[
     origin = work.split.x0 if getattr(work.solver, "point", False) else None  # a point is sent as seen from x0
     message = message if origin is None else message - origin
     payload, tx = work.codec.encode(message, work.mine(own["tx"]), key, layout=work.layout, knobs={})
-    stats = {"loss": local["loss"] / local["done"].clamp(min=1), "steps": local["done"].to(torch.int32)}
+    whole = torch.isfinite(local["solver"]["v"]).all()  # nobody else sees v: one that is lost is told as a lost loss
+    loss = torch.where(whole, local["loss"] / local["done"].clamp(min=1), torch.nan)
+    stats = {"loss": loss, "steps": local["done"].to(torch.int32)}
     if origin is not None:
         stats |= work.solver.tell(local["solver"])  # type: ignore[attr-defined]
         solver = work.solver.settle(solver, origin + work.codec.known(tx))  # type: ignore[attr-defined]
     kept = {"v": local["solver"]["v"], "b": local["b"], "solver": solver, "steps": own["steps"] + local["done"]}
     return payload, stats, kept | {"tx": work.kept(own["tx"], tx)}
-
-
-def batches(key: Key, size: Tensor, first: Tensor, steps: int, batch: int, widest: int) -> tuple[Tensor, Tensor]:
-    """The client's own sample numbers for local steps first .. first + steps - 1, and which of them are real.
-
-    An endless stream of epochs, each a fresh random order of the client's n samples cut into ceil(n / batch) batches;
-    a function of (key, n, batch, step counter) only. key, size, first: [m] int64; widest >= all sizes.
-    -> index [m, steps, batch] int64 (a padding entry repeats a real sample), mask [m, steps, batch] bool.
-    """
-    per_epoch = (size + batch - 1) // batch
-    t = first.unsqueeze(-1) + torch.arange(steps, device=first.device)
-    epoch = t // per_epoch.unsqueeze(-1)
-    place = (t - epoch * per_epoch.unsqueeze(-1)).unsqueeze(-1) * batch + torch.arange(batch, device=first.device)
-    mask = place < size[:, None, None]
-    relative = epoch - epoch[:, :1]
-    epochs = epoch[:, :1] + torch.arange(int(relative.max()) + 1, device=first.device)
-    keys = random.fold(random.fold(key, "batches").unsqueeze(-1), epochs)
-    orders = random.permutation(keys, widest, size.unsqueeze(-1).expand_as(epochs))
-    flat = relative.unsqueeze(-1) * widest + torch.minimum(place, size[:, None, None] - 1)
-    return orders.flatten(1).gather(1, flat.flatten(1)).view_as(flat), mask

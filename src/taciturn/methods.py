@@ -21,7 +21,7 @@ are fields of `Method` and replace what is chosen here: participation, batch_siz
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from taciturn import solvers
 from taciturn.aggregation import controlled, mean, running
@@ -76,7 +76,7 @@ def fedalt(
 def fedapm(
     partition: Partition = HEAD,
     *,
-    rho: float = 0.2,
+    rho: float | Literal["auto"] = "auto",
     sigma: float = 0.2,
     u: Solver = SGD,
     v: Solver | None = None,
@@ -91,7 +91,9 @@ def fedapm(
     return _method(v_steps + u_steps, parts, partition=partition, solver=solver, **memory)
 
 
-def fedadmm(u: Solver = SGD, *, rho: float = 0.2, steps: int = 10, codec: Codec = identity(), **parts: Any) -> Method:
+def fedadmm(
+    u: Solver = SGD, *, rho: float | Literal["auto"] = "auto", steps: int = 10, codec: Codec = identity(), **parts: Any
+) -> Method:
     """FedADMM: the same for a model that is shared as a whole (Wang et al. 2022)."""
     return fedapm(full(), rho=rho, sigma=0.0, u=u, v_steps=0, u_steps=steps, codec=codec, **parts)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from conftest import Net, make_federation
 from drive import drive
-from taciturn import aggregation, client, participation, server, solvers
+from taciturn import aggregation, participation, server, solvers
 from taciturn.core import random
 from taciturn.method import Method
 from taciturn.sync import fda
@@ -40,7 +40,7 @@ def stream(k: int, size: int):
     key = random.fold(random.fold(random.key(0), "client"), torch.tensor([k]))
     t = 0
     while True:
-        index, mask = client.batches(key, torch.tensor([size]), torch.tensor([t]), 1, BATCH, size)
+        index, mask = random.batches(key, torch.tensor([size]), torch.tensor([t]), 1, BATCH, size)
         yield index[0, 0][mask[0, 0]]
         t += 1
 

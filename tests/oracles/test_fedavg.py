@@ -10,7 +10,7 @@ import torch
 
 from conftest import Net, make_federation
 from drive import drive
-from taciturn import client, participation, solvers, sync
+from taciturn import participation, solvers, sync
 from taciturn.core import random
 from taciturn.method import Method
 from taciturn.tasks.task import Task
@@ -37,7 +37,7 @@ def test_naked_loops_equal_the_library():
         key = random.fold(random.fold(random.key(0), "client"), torch.tensor([k]))
         per_epoch = -(-n // batch_size)
         first = torch.tensor([epoch * per_epoch])
-        index, mask = client.batches(key, torch.tensor([n]), first, per_epoch, batch_size, n)
+        index, mask = random.batches(key, torch.tensor([n]), first, per_epoch, batch_size, n)
         return [row[keep] for row, keep in zip(index[0], mask[0], strict=True)]
 
     table = data.train

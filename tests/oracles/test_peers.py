@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from conftest import SIZES, Net, make_federation
 from drive import drive
-from taciturn import aggregation, client, participation, partition, server, solvers, sync
+from taciturn import aggregation, participation, partition, server, solvers, sync
 from taciturn.core import random
 from taciturn.core.vector import Layout
 from taciturn.method import Method
@@ -59,7 +59,7 @@ class Stream:
         steps, first = 2 * -(-n // BATCH), self.done[i]
         self.done[i] += steps
         key = random.fold(random.fold(random.key(0), "client"), torch.tensor([i]))
-        index, mask = client.batches(key, torch.tensor([n]), torch.tensor([first]), steps, BATCH, n)
+        index, mask = random.batches(key, torch.tensor([n]), torch.tensor([first]), steps, BATCH, n)
         table, own = self.task.train, sum(SIZES[:i])
         for row, keep in zip(index[0], mask[0], strict=True):
             yield table.fields["input"][own + row[keep]].double(), table.fields["target"][own + row[keep]]

@@ -107,3 +107,23 @@ def choice(key: Key, n: int, count: int) -> Tensor:
             taken.setdefault(word % n)
         stream += 1
     return torch.tensor(list(taken), dtype=torch.int64)
+
+
+def batches(key: Key, size: Tensor, first: Tensor, steps: int, batch: int, widest: int) -> tuple[Tensor, Tensor]:
+    """The client's own sample numbers for local steps first .. first + steps - 1, and which of them are real.
+
+    An endless stream of epochs, each a fresh random order of the client's n samples cut into ceil(n / batch) batches;
+    a function of (key, n, batch, step counter) only. key, size, first: [m] int64; widest >= all sizes.
+    -> index [m, steps, batch] int64 (a padding entry repeats a real sample), mask [m, steps, batch] bool.
+    """
+    per_epoch = (size + batch - 1) // batch
+    t = first.unsqueeze(-1) + torch.arange(steps, device=first.device)
+    epoch = t // per_epoch.unsqueeze(-1)
+    place = (t - epoch * per_epoch.unsqueeze(-1)).unsqueeze(-1) * batch + torch.arange(batch, device=first.device)
+    mask = place < size[:, None, None]
+    relative = epoch - epoch[:, :1]
+    epochs = epoch[:, :1] + torch.arange(int(relative.max()) + 1, device=first.device)
+    keys = fold(fold(key, "batches").unsqueeze(-1), epochs)
+    orders = permutation(keys, widest, size.unsqueeze(-1).expand_as(epochs))
+    flat = relative.unsqueeze(-1) * widest + torch.minimum(place, size[:, None, None] - 1)
+    return orders.flatten(1).gather(1, flat.flatten(1)).view_as(flat), mask

@@ -259,7 +259,7 @@ class Trainer:
             part.value, part.rows, todo = part.way.reorder(part.value, order), part.rows[order], todo[order]
         ids, first = job.ids[part.rows], (job.own["steps"].cpu() + done)[part.rows]
         keys, sizes = random.fold(self._key, ids), data.sizes[ids]
-        index, mask = client.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
+        index, mask = random.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
         step_keys = random.fold(keys.unsqueeze(1), first.unsqueeze(1) + torch.arange(n))
 
         def fetch(t: int, k: int) -> tuple[Batch, Tensor, Tensor]:
