@@ -18,7 +18,8 @@ HALF = {"participation": participation.uniform(count=4), "batch_size": 8}
 METHODS = {
     "fedsim": methods.fedsim(u=SGD, **HALF),
     "fedalt": methods.fedalt(u=solvers.adamw(lr=0.01), v=solvers.sgd(lr=0.1, momentum=0.5), v_steps=3, **HALF),
-    "fedapm": methods.fedapm(u=SGD, **HALF),
+    "fedapm": methods.fedapm(u=SGD, rho=0.2, **HALF),
+    "fedapm-auto": methods.fedapm(u=SGD, **HALF),
     "fedapm-own-start": methods.fedapm(u=SGD, codec=codecs.quantize8(), **HALF).replace(
         solver=solvers.admm(v_steps=3, u_start="own", xi=1e-3)
     ),
@@ -33,7 +34,7 @@ def test_engines_agree_with_lost_uploads(name):
     agree(make_task(lambda: Net(dropout=0.2)), METHODS[name], block=3)
 
 
-@pytest.mark.parametrize("name", ["fedsim", "fedalt", "fedapm", "fedapm-quantize4"])
+@pytest.mark.parametrize("name", ["fedsim", "fedalt", "fedapm", "fedapm-auto", "fedapm-quantize4"])
 def test_nothing_of_it_is_in_a_message(name):
     """Four neighbouring values of v_i, p_i, u_i that training changed are looked for in every byte that was sent."""
     sent, task, method = [], make_task(), METHODS[name]
@@ -53,7 +54,7 @@ def test_nothing_of_it_is_in_a_message(name):
                     found += 1
         d = split.layout.d
         spent = traffic[-1]["by_kind"]
-        riders = 16 if "apm" in name else 8  # loss and steps; of the duals also gap and coupling
+        riders = {"fedsim": 8, "fedalt": 8, "fedapm": 16}.get(name, 20)  # loss, steps; gap, coupling; rho if it is found
         assert spent["up/stats"]["payload"] == 4 * riders
         if "quantize" not in name:
             assert spent["up/update"]["payload"] == 4 * 4 * d == spent["down/model"]["payload"]
@@ -61,7 +62,7 @@ def test_nothing_of_it_is_in_a_message(name):
     assert found > 100 and ("p" in own["solver"]) is ("apm" in name)
 
 
-@pytest.mark.parametrize("name", ["fedalt", "fedapm", "fedapm-quantize4"])
+@pytest.mark.parametrize("name", ["fedalt", "fedapm-auto", "fedapm-quantize4"])
 def test_a_run_goes_on_in_the_same_bits(name, tmp_path):
     experiment = Experiment(Task(Net, make_federation()), METHODS[name], rounds=2, engine="sequential")
     resumes(experiment, tmp_path / "run", rounds=4)

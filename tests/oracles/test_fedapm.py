@@ -12,6 +12,7 @@ from bench.quadratics import Federated, Quadratics
 
 from taciturn import Method, aggregation, codecs, participation, solvers, sync
 from taciturn.core.errors import ConfigError, MethodError
+from taciturn.solvers.admm import BALANCE
 
 PROBLEM = Quadratics()
 N, D, P = PROBLEM.clients, PROBLEM.d, PROBLEM.p
@@ -206,6 +207,19 @@ def test_converges_with_half_of_the_clients_lost_uploads_and_four_bits():
     assert (run.server.x - u).norm() < 1e-4 and (own["v"] - v).norm() < 1e-3 and own["p"].sum(0).norm() < 1e-3
 
 
+@pytest.mark.parametrize("codec", [codecs.identity(), codecs.quantize8()], ids=repr)
+def test_rho_is_found_from_the_steps_and_the_end_is_the_optimum(codec):
+    """For steps that hardly bend, rho lr K |g + p| = BALANCE |g + p|, whatever it began with; all clients, some unheard."""
+    run = Federated(PROBLEM, admm(rho="auto", codec=codec, count=N), lose=lambda r, i: r % 7 == 0 and i == 2)
+    for _ in range(200):
+        run.round()
+    x, rho = run.server.x[:-1], float(run.server.x[-1].exp())
+    assert 1 <= rho * LR * K / BALANCE < 1.6
+    assert (x - PROBLEM.optimum()[0]).norm() < 2e-3
+    own = run.own()
+    assert bool((own["p"][:, -1] == 0).all()) and (own["p"] + rho * (own["u"] - run.server.x))[:, :-1].sum(0).norm() < 1e-3
+
+
 def test_a_client_that_was_not_heard_is_as_if_not_drawn():
     run = Federated(PROBLEM, admm(), lose=lambda r, i: r == 3 and i % 2 == 0)
     for _ in range(3):
@@ -246,7 +260,7 @@ def test_a_block_without_steps_and_steps_without_a_block():
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"rho": 0.0}, "rho: above 0"), ({"v_at": "here"}, r"admm\.v_at"), ({"xi_decay": 2.0}, "xi_decay")],
+    [({"rho": 0.0}, "rho: above 0"), ({"rho": "best"}, 'or "auto"; got .best'), ({"v_at": "here"}, r"admm\.v_at"), ({"xi_decay": 2.0}, "xi_decay")],
 )
 def test_values_that_make_no_sense(settings, says):
     with pytest.raises(ConfigError, match=says):

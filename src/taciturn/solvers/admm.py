@@ -23,7 +23,7 @@ from taciturn.solvers.blocks import alternating, check_blocks, one_schedule
 from taciturn.solvers.optimizers import Schedule, sgd
 
 Point = Literal["own", "server"]
-RHO, BALANCE = 0.1, 0.02  # of rho = "auto": where it begins, and the ratio of the residuals that it wants
+RHO, BALANCE = 0.1, 0.05  # of rho = "auto": where it begins, and the ratio of the residuals that it wants
 LOG_RHO = "admm.log_rho"
 
 
@@ -44,8 +44,8 @@ class admm:
     How exactly: optimizers `lbfgs` on whole batches solve both; else fixed steps; xi > 0: the u-steps rest as soon as
     |g_y f_i + p_i + rho (u_i - x)|^2 <= xi_i on their batch, with xi_i <- max(xi_decay xi_i, xi_floor) in every round of
     the client, so that |g_y f_i(v_i, u_i) + p_i|^2 <= xi_i afterwards if batches are whole and steps suffice.
-    rho "auto": residuals are balanced, rho |u_i - x| = BALANCE |g_y f_i + p_i|, the gradient at the first u-step; for SGD of
-    rate lr that is rho = BALANCE / (lr u_steps). log rho is one more shared number, received with x and sent with z_i: a
+    rho "auto": residuals are balanced, rho |u_i - x| = BALANCE |g_y f_i + p_i|, the gradient at the first u-step; for
+    SGD of rate lr that is about rho = BALANCE / (lr u_steps). log rho is one more shared number, received with x and sent with z_i: a
     client asks for what balances its own, at most a factor of 2 from the present; the mean of what all last asked for is
     next. It begins at RHO; p_i stays as it is when rho moves.
     v_at: u_i at which v is trained, the client's "own" (the paper) or the "server"'s x (the authors' code); u_start: where
