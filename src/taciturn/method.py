@@ -29,9 +29,9 @@ from taciturn.core.types import (
 )
 from taciturn.core.vector import Layout
 from taciturn.participation import all as everyone
-from taciturn.partition import full
+from taciturn.partition import full, twins
 from taciturn.server import sgd as server_sgd
-from taciturn.solvers import scaffold, sgd
+from taciturn.solvers import ditto, pfedme, scaffold, sgd
 from taciturn.sync import every
 
 _PROBE = Layout(("probe",), ((8, 8),))
@@ -88,6 +88,15 @@ def _check_merges(aggregator: Aggregator, server: ServerOptimizer, broadcast: Br
         raise MethodError(
             f"method: aggregator = {aggregator} merges into the frozen base what its pair of factors leaves out, and "
             f"broadcast.codec = {broadcast.codec} would lose a part of the pair; use broadcast.codec = identity"
+        )
+
+
+def _check_twins(partition: Partition, solver: Solver) -> None:
+    """With two copies of a model one solver has to move both."""
+    if isinstance(partition, twins) and not isinstance(solver, (ditto, pfedme)):
+        raise MethodError(
+            f"method: with partition = twins, solver = {type(solver).__name__} would train the personal copy alone and "
+            "send nothing new; use solver = ditto or pfedme, or partition = full"
         )
 
 
@@ -193,6 +202,7 @@ class Method:
                 f"method.broadcast: {type(self.broadcast.codec).__name__} keeps a memory for one receiver, and a broadcast "
                 'has many; of = "change" with the codec inside it is the memory of the way down'
             )
+        _check_twins(self.partition, self.solver)
         _check_points(self.solver, self.aggregator, self.server)
         _check_running(self.codec, self.aggregator)
         _check_gauge(self.aggregator, self.server)

@@ -260,7 +260,12 @@ def test_a_block_without_steps_and_steps_without_a_block():
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"rho": 0.0}, "rho: above 0"), ({"rho": "best"}, 'or "auto"; got .best'), ({"v_at": "here"}, r"admm\.v_at"), ({"xi_decay": 2.0}, "xi_decay")],
+    [
+        ({"rho": 0.0}, "rho: above 0"),
+        ({"rho": "best"}, 'or "auto"; got .best'),
+        ({"v_at": "here"}, r"admm\.v_at"),
+        ({"xi_decay": 2.0}, "xi_decay"),
+    ],
 )
 def test_values_that_make_no_sense(settings, says):
     with pytest.raises(ConfigError, match=says):

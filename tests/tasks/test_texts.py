@@ -22,7 +22,7 @@ from taciturn.client import Work  # noqa: E402
 from taciturn.core.errors import ConfigError, DataError  # noqa: E402
 from taciturn.engines.modes import choose  # noqa: E402
 from taciturn.experiment.recipes import recipe  # noqa: E402
-from taciturn.tasks import data, pretrained  # noqa: E402
+from taciturn.tasks import data, models, pretrained  # noqa: E402
 from taciturn.tasks.data.texts import _articles  # noqa: E402
 
 
@@ -47,6 +47,15 @@ def test_the_encoder_is_the_transformer_and_padding_counts_for_nothing():
     mean = (states * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
     assert torch.allclose(model(ids), model.head(mean), atol=1e-6)
     assert torch.allclose(model(ids), model(ids[:, :12]), atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_pretrained_encoder_drops_what_it_is_told_to(dropout):
+    ids = pretrained.tokens(pretrained.MINILM, ["one small step"], None, 8)
+    model = models.encoder(dropout=dropout).build(ids[0], 3)
+    with torch.no_grad():
+        assert all(module.training for module in model.modules())
+        assert torch.equal(model(ids), model(ids)) is (dropout == 0)
 
 
 def test_pairs_are_fair_and_no_article_is_on_both_sides():

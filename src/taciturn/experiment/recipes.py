@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from taciturn import participation, server, solvers, sync
+from taciturn import methods, participation, server, solvers, sync
 from taciturn.codecs import cast, error_feedback, quantize4, quantize8, top_k
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, unknown
@@ -91,6 +91,14 @@ def activity(path: str) -> Experiment:
     method = Method(partition=layers(personal="head"), participation=participation.uniform(count=10))
     method = method.replace(solver=solvers.sgd(lr=0.05, clip=5.0))
     return Experiment(task, method, rounds=40, name="activity", evaluate_every=5)
+
+
+def activity_personal(path: str) -> Experiment:
+    """The same people and heads of their own, held together by duals whose penalty finds itself (FedAPM)."""
+    experiment = activity(path)
+    optimizer = solvers.sgd(lr=0.2, clip=5.0)
+    method = methods.fedapm(u=optimizer, participation=experiment.method.participation, batch_size=16)
+    return experiment.replace(method=method, rounds=60, name="activity-personal")
 
 
 def heart(path: str) -> Experiment:
@@ -189,6 +197,7 @@ def smollm_lora(path: str) -> Experiment:
 
 RECIPES: dict[str, Recipe] = {
     "activity": activity,
+    "activity-personal": activity_personal,
     "air": air,
     "banking-lora": banking_lora,
     "bbc-lora": bbc_lora,

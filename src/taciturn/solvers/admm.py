@@ -45,9 +45,9 @@ class admm:
     |g_y f_i + p_i + rho (u_i - x)|^2 <= xi_i on their batch, with xi_i <- max(xi_decay xi_i, xi_floor) in every round of
     the client, so that |g_y f_i(v_i, u_i) + p_i|^2 <= xi_i afterwards if batches are whole and steps suffice.
     rho "auto": residuals are balanced, rho |u_i - x| = BALANCE |g_y f_i + p_i|, the gradient at the first u-step; for
-    SGD of rate lr that is about rho = BALANCE / (lr u_steps). log rho is one more shared number, received with x and sent with z_i: a
-    client asks for what balances its own, at most a factor of 2 from the present; the mean of what all last asked for is
-    next. It begins at RHO; p_i stays as it is when rho moves.
+    SGD of rate lr that is about rho = BALANCE / (lr u_steps). log rho is one more shared number, received with x and sent
+    with z_i: a client asks for what balances its own, at most a factor of 2 from the present; the mean of what all last
+    asked for is next. It begins at RHO; p_i stays as it is when rho moves.
     v_at: u_i at which v is trained, the client's "own" (the paper) or the "server"'s x (the authors' code); u_start: where
     the u-steps begin, x (the authors' code) or the client's "own".
     Errors: `MethodError` for v_steps where nothing is personal. Departure: the paper's constants are those for a_i = 1 / m.

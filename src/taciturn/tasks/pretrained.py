@@ -185,7 +185,7 @@ class encoder:
         body = _transformers().AutoModel.from_pretrained(located(self.weights), dtype=torch.float32, **drop)
         if getattr(body, "pooler", None) is not None:
             body.pooler = None  # the head reads the mean of the states
-        body.requires_grad_(not self.frozen)
+        body.requires_grad_(not self.frozen).train()  # transformers gives it in evaluation mode, where nothing is dropped
         vocabulary = tokenizer(self.weights)
         return Encoder(body, outputs, vocabulary.pad_token_id or 0, vocabulary.sep_token_id)
 
