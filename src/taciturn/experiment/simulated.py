@@ -75,6 +75,6 @@ def _check_memory(fleet: Fleet, work: Work) -> None:
     for place, profile in enumerate(fleet.profiles):
         if profile.memory is not None and profile.memory < needed:
             raise ConfigError(
-                f"fleet.profiles[{place}].memory: {profile.name!r} has {profile.memory:.3g} bytes, and this model with what "
-                f"is trained of it needs {needed:.3g}; use lora, a smaller model, or a fleet of larger devices"
+                f"fleet.profiles[{place}].memory: {profile.name!r} has {profile.memory:.3g} bytes; this model with what is "
+                f"trained of it needs {needed:.3g}: use lora, a smaller model, or a fleet of larger devices"
             )

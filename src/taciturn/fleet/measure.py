@@ -18,13 +18,13 @@ from taciturn.fleet.profile import DTYPES, Dtype, Profile
 SIZES = (128, 512, 1024)  # of a product [n, n] [n, n]
 COPIES = (1_000_000, 64_000_000)  # bytes of a copy: one that fits in a cache, one that does not
 CHAIN = 200  # operators of one element, in a row
-PATIENCE = 1.0  # seconds for a figure
+PATIENCE = 0.5  # seconds for a figure
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured. gemm: GFLOP/s by dtype and size, None: no such kernel here; copy: GB/s, read and written, by bytes;
-    launch: seconds of an operator.
+    """What was measured. gemm: GFLOP/s by dtype and size, None: no such kernel here; copy: GB/s, read and written, by its
+    bytes; launch: seconds of an operator.
     """
 
     gemm: dict[tuple[Dtype, int], float | None]
@@ -49,7 +49,7 @@ class Measured:
 
 
 def measure(device: str = "cpu", patience: float = PATIENCE) -> Measured:
-    """Measure a device of this machine, in at most about twelve times `patience` seconds."""
+    """Measure a device of this machine, in about twelve times `patience` seconds; slow kernels take longer."""
     where = torch.device(device)
     gemm = {(dtype, n): _product(dtype, n, where, patience) for dtype in DTYPES for n in SIZES}
     copy = {size: _copy(size, where, patience) for size in COPIES}
@@ -57,7 +57,7 @@ def measure(device: str = "cpu", patience: float = PATIENCE) -> Measured:
 
 
 def _best(run: Callable[[], object], device: torch.device, patience: float) -> float:
-    """Seconds of the fastest of some runs, after one that warms up."""
+    """Seconds of the fastest of some runs, after one that warms up; of that one, where it takes longer than `patience`."""
 
     def once() -> float:
         began = time.perf_counter()
@@ -66,8 +66,10 @@ def _best(run: Callable[[], object], device: torch.device, patience: float) -> f
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    once()
-    end, best = time.perf_counter() + patience, once()
+    first, end = once(), time.perf_counter() + patience
+    if first > patience:
+        return first
+    best = once()
     while time.perf_counter() < end:
         best = min(best, once())
     return max(best, 1e-9)
