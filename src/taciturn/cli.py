@@ -33,7 +33,7 @@ from taciturn.experiment.runner import Interrupted
 from taciturn.experiment.runner import run as run_experiment
 from taciturn.fleet import Fleet, Measured, Profile, measure
 from taciturn.fleet.fleets import FLEETS, MBIT
-from taciturn.fleet.measure import COPIES, PATIENCE, SIZES
+from taciturn.fleet.machine import PATIENCE
 from taciturn.fleet.profile import DTYPES
 from taciturn.report import human_bytes, write_report
 
@@ -223,12 +223,13 @@ def profile(
 
 
 def _print_measured(found: Measured) -> None:
-    table = Table("GFLOP/s", *(f"n = {n}" for n in SIZES), box=None, header_style="bold")
+    sizes = sorted({n for _, n in found.gemm})
+    table = Table("GFLOP/s", *(f"n = {n}" for n in sizes), box=None, header_style="bold")
     for dtype in DTYPES:
-        rates = (found.gemm[dtype, n] for n in SIZES)
-        table.add_row(dtype, *("no kernel" if rate is None else f"{rate:.1f}" for rate in rates))
+        rates = (found.gemm[dtype, n] for n in sizes)
+        table.add_row(dtype, *("-" if rate is None else f"{rate:.1f}" for rate in rates))
     out.print(table)
-    copies = ", ".join(f"{found.copy[size]:.1f} GB/s ({human_bytes(size)})" for size in COPIES)
+    copies = ", ".join(f"{found.copy[size]:.1f} GB/s ({human_bytes(size)})" for size in sorted(found.copy))
     out.print(f"copy {copies}; an operator {1e6 * found.launch:.2f} microseconds; {torch.get_num_threads()} threads")
 
 

@@ -12,7 +12,7 @@ from taciturn.core import random
 from taciturn.core.errors import ConfigError, UnknownName
 from taciturn.fleet import Fleet, Operator, Profile, count, named
 from taciturn.fleet.fleets import FLEETS
-from taciturn.fleet.measure import COPIES, SIZES, Measured
+from taciturn.fleet.machine import COPIES, SIZES, Measured
 
 TOY = Profile("toy", float32=2.0, bfloat16=8.0, bandwidth=4.0, launch=0.25, up=10.0, down=20.0, latency=0.5)
 

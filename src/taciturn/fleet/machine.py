@@ -23,8 +23,8 @@ PATIENCE = 0.5  # seconds for a figure
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured. gemm: GFLOP/s by dtype and size, None: no such kernel here; copy: GB/s, read and written, by its
-    bytes; launch: seconds of an operator.
+    """What was measured. gemm: GFLOP/s by dtype and size, None: no such kernel here, or one too slow to wait for; copy:
+    GB/s, read and written, by its bytes; launch: seconds of an operator.
     """
 
     gemm: dict[tuple[Dtype, int], float | None]
@@ -35,9 +35,9 @@ class Measured:
         """The machine, with the line, share, memory and availability of another profile: of the rates the best over
         sizes; the bandwidth is that of the larger copy.
         """
-        best = {dtype: max((self.gemm[dtype, n] or 0.0 for n in SIZES), default=0.0) or None for dtype in DTYPES}
-        rates = {dtype: rate and round(rate, 2) for dtype, rate in best.items()}
-        bandwidth = round(self.copy[max(COPIES)], 2)
+        found = {dtype: [rate for (one, _), rate in self.gemm.items() if one == dtype and rate] for dtype in DTYPES}
+        rates = {dtype: round(max(some), 3) if some else None for dtype, some in found.items()}
+        bandwidth = round(self.copy[max(self.copy)], 3)
         return replace(
             like,
             float32=rates["float32"] or like.float32,
@@ -49,9 +49,14 @@ class Measured:
 
 
 def measure(device: str = "cpu", patience: float = PATIENCE) -> Measured:
-    """Measure a device of this machine, in about twelve times `patience` seconds; slow kernels take longer."""
+    """Measure a device of this machine, in about twelve times `patience` seconds."""
     where = torch.device(device)
-    gemm = {(dtype, n): _product(dtype, n, where, patience) for dtype in DTYPES for n in SIZES}
+    gemm: dict[tuple[Dtype, int], float | None] = {}
+    for dtype in DTYPES:
+        rate: float | None = 1e9
+        for n in SIZES:  # a size that would take far longer, at the rate of the last one, is left out
+            slow = rate is None or _gflop(n) / rate > 2 * patience
+            gemm[dtype, n] = rate = None if slow else _product(dtype, n, where, patience)
     copy = {size: _copy(size, where, patience) for size in COPIES}
     return Measured(gemm, copy, _launch(where, patience))
 
@@ -75,6 +80,10 @@ def _best(run: Callable[[], object], device: torch.device, patience: float) -> f
     return max(best, 1e-9)
 
 
+def _gflop(n: int) -> float:
+    return 2e-9 * n**3
+
+
 def _product(dtype: Dtype, n: int, device: torch.device, patience: float) -> float | None:
     a, b = (random.normal(random.key(seed), n, n).to(device) for seed in (0, 1))
     multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul
@@ -83,7 +92,7 @@ def _product(dtype: Dtype, n: int, device: torch.device, patience: float) -> flo
     else:
         a, b = a.to(getattr(torch, dtype)), b.to(getattr(torch, dtype))
     try:
-        return 2.0 * n**3 / _best(lambda: multiply(a, b), device, patience) / 1e9
+        return _gflop(n) / _best(lambda: multiply(a, b), device, patience)
     except (RuntimeError, NotImplementedError):  # this torch has no such kernel for this device
         return None
 
