@@ -57,7 +57,7 @@ def _figure(group: Method, line: Mapping[str, Any], key: str) -> Figure:
                 y=list(range(len(rows))),
                 name=words,
                 orientation="h",
-                marker={"color": color, "pattern": {"shape": pattern, "size": 5, "solidity": 0.25}},
+                marker={"color": color, "pattern": {"shape": pattern, "fillmode": "overlay", "size": 6, "solidity": 0.2}},
                 customdata=[
                     [text(label), text(device), human_seconds(seconds)]
                     for label, device, seconds in zip(labels, devices, spent, strict=True)
