@@ -101,9 +101,9 @@ class Clock:
 
     def reachable(self, key: Key) -> Tensor:
         """Who can be reached in a round [N] bool. Where nobody can, the server asks again. key: of the round."""
+        if bool((self.availability >= 1).all()):
+            return torch.ones(len(self.device), dtype=torch.bool)
         chance, attempt = self.availability[self.device], 0
-        if bool((chance >= 1).all()):
-            return torch.ones(len(chance), dtype=torch.bool)
         while True:
             found = random.uniform(random.fold(key, "available", attempt), len(chance)) < chance
             if found.any():

@@ -32,6 +32,8 @@ class Fleet:
         """The number of each client's profile [clients] int64: the shares, as exactly as whole clients allow, in a random
         order.
         """
+        if len(self.profiles) == 1:
+            return torch.zeros(1, dtype=torch.int64).expand(clients)
         shares = torch.tensor([profile.share for profile in self.profiles], dtype=torch.float64)
         edges = shares.cumsum(0) / shares.sum()
         places = (random.permutation(key, clients).to(torch.float64) + 0.5) / max(1, clients)
