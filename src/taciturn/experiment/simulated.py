@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class Times:
         given = experiment.fleet or "reference"
         fleet = named(given) if isinstance(given, str) else given
         _check_memory(fleet, work)
-        step, clients = step_operators(work, experiment.method.batch_size), len(work.task.train.sizes)
+        step, clients = count(one_step(work, experiment.method.batch_size)), len(work.task.train.sizes)
         return cls(fleet, Clock.of(fleet, clients, step, key, experiment.deadline, experiment.late), step)
 
     def round(self, stats: RoundStats, ledger: Ledger, before: float = 0.0) -> dict[str, Any]:
@@ -53,8 +54,8 @@ class Times:
         }
 
 
-def step_operators(work: Work, batch_size: int) -> tuple[Operator, ...]:
-    """What one step of the largest client is made of: forward, backward and the solver, run once and counted."""
+def one_step(work: Work, batch_size: int) -> Callable[[], object]:
+    """A local step of the largest client, to be run: forward, backward and the solver."""
     split, sizes = work.split, work.task.train.sizes
     largest = int(sizes.argmax())
     samples = torch.arange(min(batch_size, int(sizes[largest]))).unsqueeze(0)
@@ -65,7 +66,7 @@ def step_operators(work: Work, batch_size: int) -> tuple[Operator, ...]:
     local = client.begin(work, split.x0, work.newcomer())
     lr_scale = torch.ones((), dtype=split.x0.dtype, device=split.x0.device)
     key = random.key(0, split.x0.device)
-    return count(lambda: client.step(work, held, local, batch, key, lr_scale))
+    return lambda: client.step(work, held, local, batch, key, lr_scale)
 
 
 def _check_memory(fleet: Fleet, work: Work) -> None:
