@@ -100,6 +100,14 @@ def test_a_deadline_drops_exactly_the_late_as_if_their_uploads_were_lost():
     assert all(torch.equal(dropped.tensors[name], t) for name, t in lost.tensors.items())
 
 
+def test_blocks_that_would_arrive_summed_do_not_with_a_deadline():
+    plain = Method(participation=participation.uniform(count=5), solver=solvers.sgd(lr=0.1), batch_size=8)
+    found = [taciturn.run(experiment(method=plain, engine=engine, deadline=0.4)) for engine in ("sequential", "stacked")]
+    assert found[0].summary["left_out"] > 0 and found[0].summary["left_out"] == found[1].summary["left_out"]
+    for name, tensor in found[0].tensors.items():
+        assert torch.allclose(tensor, found[1].tensors[name], atol=1e-5)
+
+
 def test_a_client_that_was_late_is_as_if_it_had_not_been_drawn():
     task = Task(Net, make_federation()).build(0)
     late = [1, 4]
