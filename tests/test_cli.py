@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from taciturn.cli import app, main
+from taciturn.fleet import machine
 
 runner = CliRunner()
 SMALL = ("--set", "data.clients=4", "--set", "method.participation=all", "--set", "data.split=iid")
@@ -75,6 +76,24 @@ def test_dry_run_says_what_the_first_round_costs(tmp_path, monkeypatch):
     assert facts["bytes_up"] + facts["bytes_down"] + facts["bytes_once"] == run["bytes_up"] + run["bytes_down"]
     assert facts["bytes_all_rounds"] == run["bytes_up"] + run["bytes_down"]
     assert facts["d"] == 64 * 64 + 64 + 640 + 10 and [p.name for p in Path("runs").iterdir()] == ["quickstart-0"]
+
+
+def test_profile_measures_and_a_run_takes_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "SIZES", (16, 32))
+    file = tmp_path / "mine.toml"
+    told = call("profile", "--out", str(file), "--name", "here", "--up", "8", "--latency", "20", "--patience", "0.01")
+    assert told.exit_code == 0 and "float32" in told.stdout and "copy" in told.stdout, told.output
+    (found,) = tomllib.loads(file.read_text())["fleet"]["profiles"]
+    assert (found["name"], found["up"], found["latency"]) == ("here", 1e6, 0.02)
+    assert found["float32"] > 0 and found["bandwidth"] > 0 and 0 < found["launch"] < 1e-2
+    setting = ("--set", f"fleet={file}", *SMALL)
+    out = call("run", "quickstart", "--rounds", "1", "--json", "--out", str(tmp_path / "run"), *setting)
+    assert json.loads(out.stdout.strip().splitlines()[-1])["simulated_seconds"] > 0
+    assert tomllib.loads((tmp_path / "run/config.toml").read_text())["fleet"]["profiles"] == [found]
+    code, text = fails(monkeypatch, capsys, "run", "quickstart", "--set", "fleet=fones")
+    assert code == 2 and "did you mean 'phones'" in text
+    code, text = fails(monkeypatch, capsys, "profile", "--up", "0", "--patience", "0.01")
+    assert code == 2 and "up: a finite number above 0" in text
 
 
 def test_exit_codes(monkeypatch, capsys, tmp_path):

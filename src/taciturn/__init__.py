@@ -9,6 +9,7 @@ True
 from taciturn import aggregation, codecs, fleet, methods, participation, partition, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import TaciturnError
+from taciturn.experiment.config import read_fleet
 from taciturn.experiment.experiment import Experiment, StopAt
 from taciturn.experiment.recipes import recipe
 from taciturn.experiment.result import Result, load
@@ -43,6 +44,7 @@ __all__ = [
     "models",
     "participation",
     "partition",
+    "read_fleet",
     "recipe",
     "run",
     "server",

@@ -1,4 +1,4 @@
-"""taciturn ls | show | run | advise | report.
+"""taciturn ls | show | run | advise | report | profile.
 
 Exit codes: 0 done; 1 the run failed (its last checkpoint is kept); 2 wrong input (a name, a value, data, a model);
 3 the run folder cannot be used (locked, another version, disk full); 130 interrupted (resume with --resume).
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +23,7 @@ from taciturn.advisor import STUDIES, parse_bytes, split_list
 from taciturn.advisor import advise as advise_on
 from taciturn.advisor import show as show_advice
 from taciturn.core.errors import AllClientsFailed, ConfigError, RunError, TaciturnError, unknown
+from taciturn.core.state import write_atomic
 from taciturn.experiment import config
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.preview import preview
@@ -29,6 +31,10 @@ from taciturn.experiment.recipes import RECIPES, check_data, recipe
 from taciturn.experiment.record import read_header
 from taciturn.experiment.runner import Interrupted
 from taciturn.experiment.runner import run as run_experiment
+from taciturn.fleet import Fleet, Measured, Profile, measure
+from taciturn.fleet.fleets import FLEETS, MBIT
+from taciturn.fleet.machine import PATIENCE
+from taciturn.fleet.profile import DTYPES
 from taciturn.report import human_bytes, write_report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -67,6 +73,11 @@ def list_parts() -> None:
         studies.add_row(name, (study.__doc__ or "").split("\n")[0])
     out.print()
     out.print(studies)
+    fleets = Table("fleet", "what it is (--set fleet=NAME, or FILE.toml)", box=None, header_style="bold")
+    for name, fleet in FLEETS.items():
+        fleets.add_row(name, "One profile, the reference device." if fleet is Fleet else (fleet.__doc__ or ""))
+    out.print()
+    out.print(fleets)
     parts = Table("field", r"parts (TOML: \[method.FIELD] name = ..)", box=None, header_style="bold")
     for kind, names in config.PARTS.items():
         parts.add_row(kind, ", ".join(names))
@@ -183,7 +194,43 @@ def report(
     out.print(escape(str(write_report(folders, page, target))), soft_wrap=True)
 
 
+@app.command()
+def profile(
+    file: Annotated[Path | None, typer.Option("--out", help="TOML file to write; else it is printed")] = None,
+    name: Annotated[str, typer.Option(help="what to call this machine")] = "measured",
+    up: Annotated[float, typer.Option(help="Mbit/s of its line, up: not measured")] = Profile().up / MBIT,
+    down: Annotated[float, typer.Option(help="Mbit/s of its line, down: not measured")] = Profile().down / MBIT,
+    latency: Annotated[float, typer.Option(help="milliseconds of a round trip: not measured")] = 1000 * Profile().latency,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    patience: Annotated[float, typer.Option(help="seconds for each of twelve figures")] = PATIENCE,
+) -> None:
+    """Measure this machine: a profile for `fleet`, with the line that you name."""
+    line = Profile(name, up=up * MBIT, down=down * MBIT, latency=latency / 1000)
+    found = measure(device, patience)
+    text = config.fleet_toml(Fleet((found.profile(line),)))
+    if file is None:
+        sys.stdout.write(text)
+        return
+    try:
+        write_atomic(file, [text.encode()])
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from error
+    _print_measured(found)
+    out.print(escape(f"{file}: use it with --set fleet={file}"), soft_wrap=True)
+
+
 # ------------------------------------------------------------------------------------------------------------ output
+
+
+def _print_measured(found: Measured) -> None:
+    sizes = sorted({n for _, n in found.gemm})
+    table = Table("GFLOP/s", *(f"n = {n}" for n in sizes), box=None, header_style="bold")
+    for dtype in DTYPES:
+        rates = (found.gemm[dtype, n] for n in sizes)
+        table.add_row(dtype, *("-" if rate is None else f"{rate:.1f}" for rate in rates))
+    out.print(table)
+    copies = ", ".join(f"{found.copy[size]:.1f} GB/s ({human_bytes(size)})" for size in sorted(found.copy))
+    out.print(f"copy {copies}; an operator {1e6 * found.launch:.2f} microseconds; {torch.get_num_threads()} threads")
 
 
 class _progress:

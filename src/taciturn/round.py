@@ -15,7 +15,7 @@ from torch import Tensor
 from taciturn.core.errors import AllClientsFailed, require
 from taciturn.core.random import Key, fold
 from taciturn.core.state import State
-from taciturn.core.types import OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
+from taciturn.core.types import LATE, OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
 from taciturn.core.vector import Layout, Vector
 from taciturn.method import Method
 
@@ -126,8 +126,11 @@ def _told(ids: Tensor, found: Record, exchanges: int) -> RoundStats:
 
 
 def _obituary(round: int, stats: RoundStats) -> str:
-    why = ", ".join(sorted(set(stats.left_out.values())))
-    return (
-        f"round {round + 1}: none of the {len(stats.ids)} clients returned a finite update ({why}); the model is as "
-        "before this round. Most often the client learning rate is too high: lower method.solver.lr, or set its clip"
-    )
+    why = sorted(set(stats.left_out.values()))
+    if why == [STATUS[LATE]]:
+        said = "answered before the deadline"
+        remedy = "Raise deadline, or send and compute less: a codec, fewer local steps, a smaller model"
+    else:
+        said = f"returned a finite update ({', '.join(why)})"
+        remedy = "Most often the client learning rate is too high: lower method.solver.lr, or set its clip"
+    return f"round {round + 1}: none of the {len(stats.ids)} clients {said}; the model is as before this round. {remedy}"

@@ -96,3 +96,20 @@ def test_an_empty_round_costs_nothing():
 def test_sizes_must_fit_the_clients():
     with pytest.raises(RuntimeError):
         Ledger().count("up", "update", torch.tensor([1, 2, 3]), torch.tensor([1, 2]), 28)
+
+
+def test_what_each_client_did_in_each_exchange():
+    ledger, ids = Ledger(), torch.tensor([7, 3])
+    ledger.count("down", "model", ids, 100, 28)
+    ledger.exchange()
+    ledger.count("down", "monitor", ids, 4, 28)
+    ledger.worked(ids, torch.tensor([5, 6]))
+    ledger.count("up", "monitor", ids, torch.tensor([8, 9]), 28)
+    ledger.exchange()
+    ledger.count("up", "update", torch.tensor([3]), 50, 28)
+    ledger.exchange()
+    ledger.count("down", "evaluate", ids, 1000, 28)
+    assert ledger.work(ids).tolist() == [[[160, 160], [5, 6], [36, 37]], [[0, 0], [0, 0], [0, 78]]]
+    assert ledger.work(torch.tensor([3])).tolist() == [[[160], [6], [37]], [[0], [0], [78]]]
+    ledger.close_round()
+    assert ledger.work(ids).shape == (0, 3, 2), "the next round begins with nothing"

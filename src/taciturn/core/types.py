@@ -64,8 +64,8 @@ class Plan:
     lr_scale: float = 1.0
 
 
-OK, BAD_LOSS, BAD_UPDATE, LOST = range(4)
-STATUS = ("ok", "loss not finite", "update not finite", "no answer")
+OK, BAD_LOSS, BAD_UPDATE, LOST, LATE = range(5)
+STATUS = ("ok", "loss not finite", "update not finite", "no answer", "after the deadline")
 
 
 @dataclass(frozen=True)

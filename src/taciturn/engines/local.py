@@ -23,6 +23,7 @@ from taciturn.core.state import State, tree_map
 from taciturn.core.types import (
     BAD_LOSS,
     BAD_UPDATE,
+    LATE,
     LOST,
     OK,
     Block,
@@ -40,6 +41,7 @@ from taciturn.engines.train import Job, Lift, Upload
 from taciturn.method import Method
 
 Lose = Callable[[int, int], bool]  # round, client -> its upload is lost
+Share = Callable[[Tensor, Tensor], Tensor]  # ids [m], work [S, 3, m] -> what each counts for its time [m]; 0: too late
 
 
 @dataclass
@@ -70,13 +72,14 @@ class LocalEngine:
         lift: Lift,
         summed: bool = False,
         lose: Lose | None = None,
+        share: Share | None = None,
     ) -> None:
         self.work, self.method, self.post, self.clients, self.crew = work, method, post, clients, crew
         self.block, self._least = block, least
         self.store = clients.table("own", work.newcomer())
         self._receivers = clients.table("receiver", work.memory()[1])
         self._works = work.each_kind()
-        self._lift, self._lose, self._summed = lift, lose, summed
+        self._lift, self._lose, self._share, self._summed = lift, lose, share, summed
         self._groups: list[_Group] = []
         self._pending: list[tuple[Tensor, State, State]] = []
 
@@ -146,7 +149,9 @@ class LocalEngine:
         seen = [
             self._hear(group, *answer) for group, answer in zip(self._groups, self._timed("observe", calls), strict=True)
         ]
-        self._done = self._done + torch.where(heard, torch.minimum(self._plan.limit - self._done, steps), 0)
+        did = torch.where(heard, torch.minimum(self._plan.limit - self._done, steps), 0)
+        self._done = self._done + did
+        self.post.ledger.worked(self._plan.ids, did)
         self.post.ledger.exchange()
         payload = {name: self._in_order([payload[name] for payload in seen]) for name in seen[0]}
         return Observations(payload, heard, self._live(), self._done, self.spent())
@@ -210,6 +215,8 @@ class LocalEngine:
             riders = {f"stats.{name}": value for name, value in upload.stats.items()}
             received = self.post.message("up", "update", group.ids, payload, riders)
             stats = {name: received[f"stats.{name}"].cpu() for name in upload.stats}
+            if not watched:
+                self.post.ledger.worked(group.ids, stats["steps"])
             self._done[group.where] = stats["steps"].to(self._done)
             yield self._receive(group, {name: received[name] for name in upload.payload}, stats, upload)
 
@@ -222,6 +229,12 @@ class LocalEngine:
         if self._lose is None:
             return torch.zeros(len(group.ids), dtype=torch.bool)
         return torch.tensor([self._lose(self._plan.round, i) for i in group.ids.tolist()])
+
+    def _in_time(self, group: _Group) -> Tensor:
+        """What each client of a block counts because of the time it took [m]; 0: its answer is too late."""
+        if self._share is None:
+            return torch.ones(len(group.ids))
+        return self._share(group.ids, self.post.ledger.work(group.ids))
 
     def _receive(self, group: _Group, payload: Payload, stats: Record, upload: Upload) -> Block:
         """The server's half: decode, and set aside what is not finite (0 x NaN is NaN, so rows are zeroed)."""
@@ -238,12 +251,17 @@ class LocalEngine:
         status = torch.full((len(group.ids),), OK)
         status[~finite] = BAD_UPDATE
         status[~torch.isfinite(stats["loss"])] = BAD_LOSS
+        share = (
+            torch.ones(len(group.ids)) if self._share is None else self._share(group.ids, self.post.ledger.work(group.ids))
+        )
+        status[share == 0] = LATE
         status[self._lost(group)] = LOST
-        self.post.acknowledge(group.ids[status != LOST], self._cast)
+        self.post.acknowledge(group.ids[status < LOST], self._cast)
         good = (status == OK).to(updates.device)
         if total is None and not good.all():
             updates = torch.where(good.unsqueeze(1), updates, 0.0)
-        weights = torch.where(good, self._plan.weights[group.where].to(updates.device), 0.0)
+        counted = self._plan.weights[group.where]
+        weights = torch.where(good, (counted * share.to(counted.dtype)).to(updates.device), 0.0)
         self._pending.append((group.ids, upload.kept, work.kept(memory, rx)))
         start = group.held["x"].to(updates.dtype).expand(len(group.ids), -1)
         return Block(group.ids, start, updates, weights, layout, stats, status, total, kind)

@@ -32,7 +32,7 @@ from taciturn.engines.crew import Alone, Crew, walk
 from taciturn.engines.fork import workers as forked
 from taciturn.engines.fused import Fused
 from taciturn.engines.fused import build as fused_or_reason
-from taciturn.engines.local import LocalEngine, Lose
+from taciturn.engines.local import LocalEngine, Lose, Share
 from taciturn.engines.memory import keep_freed_memory
 from taciturn.engines.plain import Plain
 from taciturn.engines.post import Post
@@ -224,6 +224,7 @@ def build(
     least: int | None = None,
     keep: int = 0,
     lose: Lose | None = None,
+    share: Share | None = None,
     each: bool = False,
 ) -> tuple[LocalEngine, Path]:
     """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible.
@@ -231,7 +232,8 @@ def build(
     workers: processes that train, 1 unless given; for ray its actors, all CPUs of the cluster unless given. With more than
     one, and with ray, the engine must be closed (`engine.crew.close()`). least: blocks that a cohort is cut into at least,
     as many as workers unless given; it and `block` decide the bits. each: every client's update is looked at, so that sums
-    of them are not enough. keep: bytes, in each process, for features of frozen layers (prefix.py).
+    of them are not enough. keep: bytes, in each process, for features of frozen layers (prefix.py). share: weighs each
+    client's update by its time.
     """
     require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
     path = choose(name, work, block, keep)
@@ -252,6 +254,7 @@ def build(
     else:
         crew = Alone(trainer(*parts, path))
     path = replace(path, least=least or crew.count)
-    summed = not each and path.fused is not None and method.aggregator.linear and sends_drift(work)
-    engine = LocalEngine(work, method, post, clients, crew, path.block, path.least, lift=lift, summed=summed, lose=lose)
+    summed = not each and share is None and path.fused is not None and method.aggregator.linear and sends_drift(work)
+    size, least = path.block, path.least
+    engine = LocalEngine(work, method, post, clients, crew, size, least, lift=lift, summed=summed, lose=lose, share=share)
     return engine, path

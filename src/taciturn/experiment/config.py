@@ -22,6 +22,7 @@ from taciturn.core.errors import ConfigError, TaciturnError, unknown
 from taciturn.core.price import Price
 from taciturn.core.types import Codec, Solver
 from taciturn.experiment.experiment import Experiment, StopAt
+from taciturn.fleet import Fleet, Profile
 from taciturn.method import Method
 from taciturn.solvers import schedules
 from taciturn.sync import thresholds
@@ -29,7 +30,10 @@ from taciturn.tasks import data, models
 from taciturn.tasks.spec import TaskSpec
 
 Part = Callable[..., Any]
-RECORDS: dict[str, type] = {"method": Method, "broadcast": Broadcast, "price": Price, "stop_at": StopAt}
+RECORDS: dict[str, type] = {
+    **{"method": Method, "broadcast": Broadcast, "price": Price, "stop_at": StopAt},
+    **{"fleet": Fleet, "profiles": Profile},  # profiles: a list of them
+}
 CUSTOM = "custom"
 
 
@@ -132,9 +136,28 @@ def from_table(table: Mapping[str, Any]) -> Experiment:
         if needed not in rest:
             raise ConfigError(f"{needed}: the table [{needed}] is missing; for example {needed} = {_example(needed)!r}")
     task = TaskSpec(build_part("data", rest.pop("data"), "data"), build_part("model", rest.pop("model"), "model"))
+    if str(rest.get("fleet", "")).endswith(".toml"):  # its numbers become part of the configuration
+        rest["fleet"] = _plain("fleet", read_fleet(rest["fleet"]))
     known = {name: hint for name, hint in fields_of(Experiment).items() if name != "task"}
     experiment: Experiment = _call(lambda **fields: Experiment(task, **fields), known, rest, "")
     return experiment
+
+
+def read_fleet(path: str | Path) -> Fleet:
+    """The fleet of a TOML file: its [fleet], as in an experiment. Errors: `ConfigError` with the file and the place."""
+    table = read_toml(Path(path))
+    if not isinstance(table.get("fleet"), Mapping):
+        raise ConfigError(f"{path}: a fleet is a list of [[fleet.profiles]]; there is none in this file")
+    try:
+        fleet: Fleet = _record("fleet", table["fleet"], "fleet")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return fleet
+
+
+def fleet_toml(fleet: Fleet) -> str:
+    """A fleet as TOML that `read_fleet` reads, and that can stand in the file of an experiment."""
+    return tomli_w.dumps({"fleet": _plain("fleet", fleet)})
 
 
 def _example(kind: str) -> str:
@@ -165,7 +188,9 @@ def _call(part: Part, known: Mapping[str, Any], table: Mapping[str, Any], path: 
         if name not in known:
             raise unknown("field", name, known, path)
         if name in RECORDS and isinstance(value, Mapping):
-            arguments[name] = _call(RECORDS[name], fields_of(RECORDS[name]), value, place)
+            arguments[name] = _record(name, value, place)
+        elif name in RECORDS and isinstance(value, list):
+            arguments[name] = tuple(_record(name, one, f"{place}[{number}]") for number, one in enumerate(value))
         elif name in KINDS:
             arguments[name] = build_part(KINDS[name], value, place)
         else:
@@ -176,6 +201,12 @@ def _call(part: Part, known: Mapping[str, Any], table: Mapping[str, Any], path: 
         raise ConfigError(f"{path + ': ' if path and not str(error).startswith(path) else ''}{error}") from error
     except TypeError as error:
         raise ConfigError(f"{path}: {str(error).split(') ', 1)[-1].split('() ', 1)[-1]}") from error
+
+
+def _record(name: str, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}: a table with the fields of {RECORDS[name].__name__}; got {value!r}")
+    return _call(RECORDS[name], fields_of(RECORDS[name]), value, path)
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:

@@ -1,15 +1,19 @@
 """An experiment: task, method and how long, as one frozen record.
 
-Units: rounds; seconds of wall time; bytes up and down together.
+Units: rounds; seconds of wall time, simulated ones where it is said; bytes up and down together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from taciturn.core.errors import require
+from taciturn.aggregation import controlled, running
+from taciturn.core.errors import ConfigError, require
+from taciturn.fleet import Fleet, named
+from taciturn.fleet.clock import LATE
 from taciturn.method import Method
 from taciturn.tasks.spec import TaskSpec
 from taciturn.tasks.task import Task
@@ -39,6 +43,11 @@ class Experiment:
     the clients' own data (0: at the end only; it costs traffic, counted apart). evaluate_on: which of their splits.
     evaluate_count: at most so many clients in each of them, drawn anew each time (None: all that hold such data).
     target: a level of the leading metric that the report marks.
+    fleet: the devices and lines that the clients are imagined to have, which give the run an axis of simulated time: a name
+    (reference, phones, factory, datacentre, mixed) or a `Fleet`; None: the reference device for all.
+    deadline: simulated seconds of a round after which a client is late (None: the round waits for all). late: "drop": its
+    update is not used, and its state is as if it had not been drawn; "discount": it counts deadline / its time as much.
+    Errors: `ConfigError` where they make no sense with the method.
     """
 
     task: Task | TaskSpec
@@ -58,6 +67,9 @@ class Experiment:
     evaluate_count: int | None = None
     checkpoint_every: int = 1
     target: float | None = None
+    fleet: Fleet | str | None = None
+    deadline: float | None = None
+    late: Literal["drop", "discount"] = "drop"
     stop_at: StopAt = StopAt()
 
     def __post_init__(self) -> None:
@@ -69,7 +81,28 @@ class Experiment:
         count = self.evaluate_count
         require(count is None or count >= 1, f"evaluate_count: at least 1 client; got {count}")
         require(self.checkpoint_every >= 1, f"checkpoint_every: at least 1 round; got {self.checkpoint_every}")
+        if isinstance(self.fleet, str):
+            named(self.fleet)
+        _check_deadline(self.deadline, self.late, self.method)
 
     def replace(self, **fields: Any) -> Experiment:
         """The same experiment with some fields changed."""
         return replace(self, **fields)
+
+
+def _check_deadline(deadline: float | None, late: str, method: Method) -> None:
+    """A deadline needs a round that can end without some, and a discount weights that may differ from round to round."""
+    require(deadline is None or 0 < deadline < math.inf, f"deadline: simulated seconds above 0; got {deadline}")
+    require(late in LATE, f"late: {' or '.join(LATE)}; got {late!r}")
+    if deadline is None:
+        return
+    if method.sync.observer == "server":
+        raise ConfigError(
+            f"deadline: with method.sync = {method.sync} all clients wait for the slowest at every look of the server, so "
+            'one that is late makes all late; use sync = every or fda(monitor = "local"), or no deadline'
+        )
+    if late == "discount" and isinstance(method.aggregator, (running, controlled)):
+        raise ConfigError(
+            f'late: "discount" changes the weights of clients from round to round, and method.aggregator = '
+            f'{type(method.aggregator).__name__} adds up what it knows of them with fixed ones; use late = "drop"'
+        )

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from taciturn.core import random
 from taciturn.core.state import leaves
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.runner import prepare
@@ -29,15 +28,16 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     """One round is run on a copy and thrown away: sizes, bytes of that round, memory of a block, seconds.
 
     bytes_up / bytes_down: of the first round without what is sent once a run; bytes_once: schemas and sizes.
-    seconds: of the second of two trial rounds. memory_bytes: an estimate, four vectors [d] (weights, gradient, message,
-    moments) for the server and for each client of a block, and what a client owns.
+    seconds: of the second of two trial rounds; simulated: of the first, on the devices of the fleet. memory_bytes: an
+    estimate, four vectors [d] (weights, gradient, message, moments) for the server and for each client of a block, and what
+    a client owns.
     """
     run = prepare(experiment)
     method, sizes, split = experiment.method, run.task.train.sizes, run.work.split
-    key = random.fold(run.key, "round", 0)
-    ids = method.participation.draw(0, key, torch.ones(len(sizes), dtype=torch.bool))
+    key, ids = run.draw(0)
     with closing(run.engine.crew):
         _, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, split, key)
+        simulated = run.times.round(stats, run.engine.post.ledger)["round"]
         kinds = run.engine.post.ledger.close_round()["by_kind"]
         began = time.perf_counter()
         fed_round(run.server, ids, sizes[ids], method, run.engine, split, key)
@@ -62,4 +62,5 @@ def preview(experiment: Experiment) -> dict[str, Any]:
         "memory_bytes": vectors + (vectors + owned) * min(run.path.block, len(ids)),
         "seconds_per_round": seconds,
         "seconds_all_rounds": seconds * experiment.rounds,
+        "simulated_seconds_per_round": simulated,
     }

@@ -1,6 +1,6 @@
 """What a run gives back.
 
-Units: bytes up and down without evaluation; seconds of wall time.
+Units: bytes up and down without evaluation; seconds of wall time, and simulated ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def worst_decile(values: list[float], goal: str) -> float | None:
 
 
 def summarize(header: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last known figures of a run: metric, loss, worst decile of clients, bytes, rounds, seconds."""
+    """The last known figures of a run: metric, loss, worst decile of clients, bytes, rounds, seconds, simulated ones."""
     name, goal = header["metric"]["name"], header["metric"]["goal"]
     last = lines[-1] if lines else {}
     measured: dict[str, float] = next((line["metrics"] for line in reversed(lines) if line.get("metrics")), {})
@@ -47,6 +47,7 @@ def summarize(header: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, 
         "bytes_evaluate": last.get("bytes_evaluate", 0),
         "rounds": len(lines),
         "seconds": round(last.get("seconds", 0.0), 3),
+        "simulated_seconds": last.get("simulated", {}).get("total", 0.0),
         "left_out": sum(len(line["left_out"]) for line in lines),
     }
 

@@ -35,6 +35,7 @@ from taciturn.experiment.config import to_table, to_toml
 from taciturn.experiment.experiment import Callback, Experiment
 from taciturn.experiment.record import FORMAT, RunFolder
 from taciturn.experiment.result import Result
+from taciturn.experiment.simulated import Times
 from taciturn.experiment.snapshot import server_of, server_record
 from taciturn.round import RoundStats, ServerState, fed_round, start
 from taciturn.tasks.built import BuiltTask
@@ -60,6 +61,7 @@ class _Run:
     engine: LocalEngine
     path: EnginePath
     key: Tensor
+    times: Times
     server: ServerState
     central: Central | None
     history: list[dict[str, Any]]
@@ -69,6 +71,11 @@ class _Run:
     def from_clients(self) -> bool:
         """True if the leading metric is measured on the clients' own data."""
         return self.task.data.central is None or self.work.split.personal.d + self.work.split.buffers.d > 0
+
+    def draw(self, round: int) -> tuple[Tensor, Tensor]:
+        """The round's key, and its cohort, of those whose device can be reached."""
+        key = random.fold(self.key, "round", round)
+        return key, self.experiment.method.participation.draw(round, key, self.times.clock.reachable(key))
 
 
 def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faults: Any) -> _Run:
@@ -81,6 +88,8 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     name, block, least, keep = experiment.engine, experiment.block, None, int(experiment.keep_gib * 2**30)
     if header is not None:  # the path and the blocks were chosen when the run began
         name, block, least = (header["engine"].get(part) for part in ("name", "block", "least"))
+    times = Times.of(experiment, work, key)
+    faults |= {"share": times.clock.share} if experiment.deadline is not None else {}
     engine, path = build(name, work, method, key, block=block, least=least, workers=experiment.workers, keep=keep, **faults)
     if header is not None and path.path != header["engine"]["path"]:
         raise RunError(
@@ -89,7 +98,7 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
         )
     central = None if task.data.central is None else Central(task, work, task.data.central, keep)
     server = start(split.x0, task.train.sizes, method, split.base)
-    run = _Run(experiment, task, work, engine, path, key, server, central, [])
+    run = _Run(experiment, task, work, engine, path, key, times, server, central, [])
     if run.from_clients:
         _evaluated_ids(run)  # an error now is better than one after training
     return run
@@ -185,10 +194,9 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _round(run: _Run) -> RoundStats:
-    method, sizes = run.experiment.method, run.task.train.sizes
-    key = random.fold(run.key, "round", run.server.round)
-    ids = method.participation.draw(run.server.round, key, torch.ones(len(sizes), dtype=torch.bool))
-    run.server, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, run.work.split, key)
+    key, ids = run.draw(run.server.round)
+    sizes, split = run.task.train.sizes[ids], run.work.split
+    run.server, stats = fed_round(run.server, ids, sizes, run.experiment.method, run.engine, split, key)
     return stats
 
 
@@ -272,9 +280,10 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
     if due and not run.from_clients:
         assert run.central is not None
         metrics = run.central(_held(run))
+    before: dict[str, Any] = run.history[-1] if run.history else {"bytes_up": 0, "bytes_down": 0, "bytes_evaluate": 0}
+    simulated = run.times.round(stats, run.engine.post.ledger, before.get("simulated", {}).get("total", 0.0))
     traffic = run.engine.post.ledger.close_round()
     evaluation = sum(e["payload"] + e["frame"] for k, e in traffic["by_kind"].items() if k.endswith("/evaluate"))
-    before = run.history[-1] if run.history else {"bytes_up": 0, "bytes_down": 0, "bytes_evaluate": 0}
     spent = {way: sum(e["payload"] + e["frame"] for k, e in traffic["by_kind"].items()
                       if k.startswith(way) and not k.endswith("/evaluate")) for way in ("up", "down")}  # fmt: skip
     good = [loss for loss, i in zip(stats.loss.tolist(), stats.ids.tolist(), strict=True) if i not in stats.left_out]
@@ -292,6 +301,7 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
         "sync": stats.sync,
         "aggregate": stats.aggregate,
         "cohort": stats.ids.tolist(),
+        "simulated": simulated,
         "left_out": [{"client": names[i], "why": why} for i, why in stats.left_out.items()],
         "traffic": traffic,
     }
@@ -323,6 +333,7 @@ def _header(run: _Run) -> dict[str, Any]:
         "measured_on": measured if run.from_clients else "the server's test set",
         "target": run.experiment.target,
         "note": run.task.data.note,
+        "fleet": run.times.facts(),
     }
 
 

@@ -66,7 +66,7 @@ def consensus_figures(groups: Sequence[Method]) -> list[Figure]:
 
 
 def _figure(groups: Sequence[Method], key: str, title: str, axis: str, reading: str) -> Figure:
-    traces = lines(groups, lambda run: told(run, key), over_bytes=False, value=".3g")
+    traces = lines(groups, lambda run: told(run, key), over_spent=False, value=".3g")
     x = {"title": {"text": "communication round"}}
     y: dict[str, Any] = {"title": {"text": axis}}
     y |= {} if key == "lagrangian" else {"type": "log", "exponentformat": "power"}

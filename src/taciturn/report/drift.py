@@ -106,7 +106,7 @@ def work_figure(groups: Sequence[Method]) -> Figure:
             (line["round"], blocks, line["bytes_up"] + line["bytes_down"]) for line, blocks in done if blocks is not None
         ]
 
-    traces = lines(groups, points, over_bytes=False, value=".3g")
+    traces = lines(groups, points, over_spent=False, value=".3g")
     if not traces:
         return Figure("work", title, "No run recorded how much local work its rounds were.", None)
     y = {"title": {"text": "local work (blocks)"}, "rangemode": "tozero"}

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from taciturn.report.plot import COLORS, NAME, Curve, Figure, layout, line_figure, lines, rows_axis, text
 from taciturn.report.read import Run, number
-from taciturn.report.tables import Method, by_kind, clients_of, curve, human_bytes, is_fraction
+from taciturn.report.tables import Method, by_kind, clients_of, curve, human_bytes, is_fraction, time_curve, time_unit
 
 KINDS = ("model", "update", "stats", "monitor", "setup", "evaluate")
 
@@ -55,30 +55,41 @@ def _add_target(figure: Any, target: float, runs: Sequence[Run]) -> None:
 
 
 def metric_figures(groups: Sequence[Method], target: float | None) -> list[Figure]:
-    """The metric over rounds, and over cumulative bytes up + down on a logarithmic axis, with the target."""
+    """The metric over rounds, over cumulative bytes up + down (logarithmic axis), over simulated time; the target."""
     runs = [run for group in groups for run in group.runs]
     value = ".2%" if is_fraction(runs) else ".4g"
     several = any(len(group.runs) > 1 for group in groups)
     band = " Bands: one standard deviation over seeds." if several else ""
-    rounds = lines(groups, lambda run: list(curve(run)), over_bytes=False, value=value)
-    wire = lines(groups, lambda run: [point for point in curve(run) if point[2] > 0], over_bytes=True, value=value)
+    rounds = lines(groups, lambda run: list(curve(run)), over_spent=False, value=value)
+    wire = lines(groups, lambda run: [point for point in curve(run) if point[2] > 0], over_spent=True, value=value)
+    unit, second = time_unit(max((run.simulated or 0.0 for run in runs), default=0.0))
+
+    def timed(run: Run) -> Curve:
+        return [(at, known, seconds / second) for at, known, seconds in time_curve(run)]
+
+    times = lines(groups, timed, over_spent=True, value=value, spent=lambda spent: f"{spent:.3g} {unit}")
     plots = [
         line_figure(rounds, {"title": {"text": "communication round"}}, _metric_axis(runs)) if rounds else None,
         line_figure(wire, _log_bytes_axis("bytes", wire), _metric_axis(runs)) if wire else None,
+        line_figure(times, {"title": {"text": f"simulated time ({unit})"}, "rangemode": "tozero"}, _metric_axis(runs))
+        if times
+        else None,
     ]
     notes = [
         f"Each point is an evaluated round.{band}",
         f"Bytes on the line, up and down, until that round; without evaluation. Logarithmic axis.{band}",
+        f"Seconds that the rounds until then take on the fleet's devices and lines, from steps and bytes.{band}",
     ]
     if not wire:
         notes[1] = "No run sent a byte."
     if not rounds:
-        notes = ["No run was evaluated."] * 2
+        notes = ["No run was evaluated."] * 3
     for plot in plots:
         if plot is not None and target is not None:
             _add_target(plot, target, runs)
-    titles = _title(runs[0].metric, "over rounds"), _title(runs[0].metric, "over bytes")
-    return [Figure(*row) for row in zip(("rounds", "bytes"), titles, notes, plots, strict=True)]
+    shown = ("rounds", "bytes", "time") if times else ("rounds", "bytes")  # old records have no simulated time
+    titles = [_title(runs[0].metric, f"over {'simulated time' if key == 'time' else key}") for key in shown]
+    return [Figure(*row) for row in zip(shown, titles, notes, plots, strict=False)]
 
 
 def loss_figure(groups: Sequence[Method]) -> Figure:
@@ -88,7 +99,7 @@ def loss_figure(groups: Sequence[Method]) -> Figure:
         values = [(line["round"], number(line.get("loss")), line["bytes_up"] + line["bytes_down"]) for line in run.rounds]
         return [(at, value, count) for at, value, count in values if value is not None]
 
-    traces = lines(groups, points, over_bytes=False, value=".4g")
+    traces = lines(groups, points, over_spent=False, value=".4g")
     if not traces:
         return Figure("loss", "Training loss over rounds", "No run recorded a training loss.", None)
     y = {"title": {"text": "mean training loss (unit of the loss)"}}

@@ -26,7 +26,18 @@ from taciturn.report.drift import drift_figures, sync_facts
 from taciturn.report.figures import figures
 from taciturn.report.plot import Figure
 from taciturn.report.read import Run, read_run
-from taciturn.report.tables import Method, by_kind, common_target, human_bytes, is_fraction, methods, settings, summary
+from taciturn.report.tables import (
+    Method,
+    by_kind,
+    common_target,
+    human_bytes,
+    human_seconds,
+    is_fraction,
+    methods,
+    settings,
+    summary,
+)
+from taciturn.report.timeline import fleet_facts, timeline_figures
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 SHOWN = 50  # rows of clients that were left out
@@ -54,7 +65,13 @@ def render(runs: Sequence[Run], target: float | None = None) -> str:
     """The page as text. Raises `RunError` as `tables.methods` does."""
     groups, rows, goal = methods(runs), summary(runs, target), common_target(runs, target)
     fraction = is_fraction(runs)
-    plots = figures(groups, goal) + drift_figures(groups) + adapter_figures(groups) + consensus_figures(groups)
+    plots = (
+        figures(groups, goal)
+        + timeline_figures(groups)
+        + drift_figures(groups)
+        + adapter_figures(groups)
+        + consensus_figures(groups)
+    )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -106,6 +123,11 @@ def value_text(value: float, metric: str, fraction: bool) -> str:
 def size(value: float) -> str:
     """A number of bytes in three digits, with an unbreakable space."""
     return human_bytes(value).replace(" ", "\u00a0")
+
+
+def duration(seconds: float) -> str:
+    """A time in three digits, with an unbreakable space."""
+    return human_seconds(seconds).replace(" ", "\u00a0")
 
 
 def count(value: float) -> str:
@@ -169,11 +191,15 @@ def table(rows: Sequence[Mapping[str, Any]], fraction: bool) -> dict[str, Any]:
         ("bytes_to_target", "bytes to target", size),
         ("ratio", "times fewer bytes", lambda number: f"{number:.3g}\u00d7"),
         ("traffic_saved", "traffic saved", percent),
+        ("simulated", "simulated time", duration),
+        ("simulated_to_target", "simulated time to target", duration),
         ("seconds", "seconds", lambda number: f"{number:.3g}" if number < 100 else f"{number:.0f}"),
         ("left_out", "left out", count),
     ]
     if not fraction:
         columns = [column for column in columns if column[0] != "final_error"]  # it would repeat the metric
+    if all(row["simulated"] is None for row in rows):  # old records
+        columns = [column for column in columns if not column[0].startswith("simulated")]
     body = []
     for row in rows:
         cells = []
@@ -262,6 +288,7 @@ def details(group: Method, baseline: Method) -> dict[str, Any]:
         "personal parameters": head.get("p"),
         "clients": head.get("clients_total") or len(head.get("clients") or []) or None,
         **sync_facts(group),
+        **fleet_facts(group),
         "folders": ", ".join(str(each.path) for each in group.runs),
     }
     unfinished = [str(each.seed) for each in group.runs if each.result is None]

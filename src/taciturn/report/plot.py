@@ -24,7 +24,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MARKED = 40  # lines with more points are drawn without markers
 NAME = "<b>%{fullData.name}</b><br>"
 
-Curve = list[tuple[int, float, float]]  # (round, value, bytes)
+Curve = list[tuple[int, float, float]]  # (round, value, what was spent: bytes, or simulated time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +108,24 @@ def _mean(curves: Sequence[Curve]) -> tuple[Curve, list[float]]:
     return mean, spread
 
 
-def lines(groups: Sequence[Method], points_of: Callable[[Run], Curve], over_bytes: bool, value: str) -> list[Any]:
-    """One line a method over rounds or bytes, with a band of one standard deviation where there are several seeds."""
+def lines(
+    groups: Sequence[Method],
+    points_of: Callable[[Run], Curve],
+    over_spent: bool,
+    value: str,
+    spent: Callable[[float], str] = human_bytes,
+) -> list[Any]:
+    """One line a method over rounds or what was spent, with a band of one standard deviation where there are several seeds.
+
+    spent: how that number reads.
+    """
     traces = []
     for index, group in enumerate(groups):
         mean, spread = _mean([points_of(run) for run in group.runs])
         if not mean:
             continue
         color, several = COLORS[index % len(COLORS)], len(group.runs) > 1
-        x = [count if over_bytes else at for at, _, count in mean]
+        x = [count if over_spent else at for at, _, count in mean]
         y = [middle for _, middle, _ in mean]
         if several:
             upper = [middle + half for middle, half in zip(y, spread, strict=True)]
@@ -135,7 +144,7 @@ def lines(groups: Sequence[Method], points_of: Callable[[Run], Curve], over_byte
                 mode="lines+markers" if len(mean) <= MARKED else "lines",
                 line={"color": color, "dash": DASHES[index % len(DASHES)], "width": 2.2},
                 marker={"size": 5},
-                customdata=[[at, human_bytes(count)] for at, _, count in mean],
+                customdata=[[at, spent(count)] for at, _, count in mean],
                 hovertemplate=f"{NAME}%{{y:{value}}}<br>round %{{customdata[0]}}, %{{customdata[1]}}<extra></extra>",
             )
         )

@@ -3,11 +3,13 @@
     run.json       what was run: name, seed, configuration, engine, versions, metric and its goal (format 1)
     record.jsonl   one line a round: loss, metrics, cumulative bytes and seconds, traffic by kind, clients left out,
                    and what a dynamic synchronisation rule told ("sync": missing in old records, {} for a fixed rule),
-                   and what aggregation told of each layer ("aggregate", likewise)
+                   and what aggregation told of each layer ("aggregate", likewise), and the round in simulated time
+                   ("simulated": missing in old records)
     config.toml    the configuration as text, to run again; shown as it is where it is there
     result.json    the final summary; absent while a run is going on and after it was interrupted
 
-Units: bytes are bytes on the line (payload + frame), seconds are wall-clock seconds, rounds count from 1.
+Units: bytes are bytes on the line (payload + frame), seconds are wall-clock seconds unless they are
+simulated, rounds count from 1.
 """
 
 from __future__ import annotations
@@ -61,6 +63,11 @@ class Run:
         return float(self.rounds[-1].get("seconds") or 0.0)
 
     @property
+    def simulated(self) -> float | None:
+        """Simulated seconds of the whole run; None in old records."""
+        return simulated(self.rounds[-1])
+
+    @property
     def target(self) -> float | None:
         """The value of the metric that the run's own configuration aims at, if any."""
         return number(self.header.get("target"))
@@ -82,6 +89,12 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def simulated(line: Mapping[str, Any]) -> float | None:
+    """Simulated seconds until the end of a round; None in old records."""
+    found = line.get("simulated")
+    return number(found.get("total")) if isinstance(found, Mapping) else None
 
 
 def read_run(path: str | Path) -> Run:

@@ -16,7 +16,7 @@ from typing import Any
 
 from taciturn.core.errors import RunError
 from taciturn.experiment.result import worst_decile as worst_tenth
-from taciturn.report.read import Run, number
+from taciturn.report.read import Run, number, simulated
 
 # Values of a configuration that seeds of one method may differ in; a "seed" may differ wherever it stands.
 FREE = ("name", "engine", "block", "device", "target", "checkpoint_every", "evaluate_every", "evaluate_clients_every")
@@ -54,6 +54,28 @@ def human_bytes(count: float) -> str:
     return f"{text.rstrip('0').rstrip('.') if places else text} {units[0]}"
 
 
+UNITS = (("s", 1.0), ("min", 60.0), ("h", 3600.0), ("d", 86400.0))
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit that a time is read in, and its seconds.
+
+    >>> time_unit(90), time_unit(250), time_unit(1e5)
+    (('s', 1.0), ('min', 60.0), ('h', 3600.0))
+    """
+    return next(((name, unit) for name, unit in reversed(UNITS) if seconds >= 2 * unit), UNITS[0])
+
+
+def human_seconds(seconds: float) -> str:
+    """A time with three digits and its unit.
+
+    >>> human_seconds(0.1234), human_seconds(90), human_seconds(8000)
+    ('0.123 s', '90 s', '2.22 h')
+    """
+    name, unit = time_unit(seconds)
+    return f"{seconds / unit:.3g} {name}"
+
+
 def curve(run: Run) -> list[tuple[int, float, int]]:
     """(round, value of the run's metric, cumulative bytes) of every evaluated round with a finite value."""
     points = []
@@ -62,6 +84,18 @@ def curve(run: Run) -> list[tuple[int, float, int]]:
         if value is not None:
             points.append((int(line["round"]), value, int(line["bytes_up"] + line["bytes_down"])))
     return points
+
+
+def time_curve(run: Run) -> list[tuple[int, float, float]]:
+    """(round, value of the run's metric, simulated seconds) of every evaluated round that has them."""
+    at = {int(line["round"]): simulated(line) for line in run.rounds}
+    return [(round, value, seconds) for round, value, _ in curve(run) if (seconds := at[round]) is not None]
+
+
+def seconds_to(run: Run, target: float | None) -> float | None:
+    """Simulated seconds until the first evaluated round that is at least as good as `target`; None if there is none."""
+    at = rounds_to(run, target)
+    return None if at is None else next((seconds for round, _, seconds in time_curve(run) if round == at), None)
 
 
 def best(run: Run) -> float | None:
@@ -246,9 +280,10 @@ def summary(runs: Sequence[Run], target: float | None = None) -> list[dict[str, 
     """One row a method, the baseline first; every number is a mean over its seeds, `left_out` a sum.
 
     Keys: name, seeds, metric, goal, target, reached (seeds that reached it), final, best, final_error, worst_decile,
-    rounds, rounds_to_target, bytes_up, bytes_down, bytes_to_target, ratio (bytes to target, baseline / ours) and
-    ratio_reason (why it is None), traffic_saved and traffic_saved_basis ("to the target" or "whole run"), seconds,
-    left_out, spread (key -> standard deviation over seeds). None: not reached or not measured, by one seed at least.
+    rounds, rounds_to_target, bytes_up, bytes_down, bytes_to_target, simulated and simulated_to_target (seconds), ratio
+    (bytes to target, baseline / ours) and ratio_reason (why it is None), traffic_saved and traffic_saved_basis ("to the
+    target" or "whole run"), seconds, left_out, spread (key -> standard deviation over seeds). None: not reached or not
+    measured, by one seed at least.
     Raises `RunError` as `methods` does.
     """
     groups = methods(runs)
@@ -264,6 +299,8 @@ def summary(runs: Sequence[Run], target: float | None = None) -> list[dict[str, 
         "bytes_up": lambda run: run.bytes_up,
         "bytes_down": lambda run: run.bytes_down,
         "bytes_to_target": lambda run: bytes_to(run, goal),
+        "simulated": lambda run: run.simulated,
+        "simulated_to_target": lambda run: seconds_to(run, goal),
         "seconds": lambda run: run.seconds,
     }
     rows = []

@@ -2,7 +2,8 @@
 
 A message has `payload` bytes (what the method's formulas count) and `frame` bytes (headers, checksums); what crosses
 the line is their sum. Directions: "up" (client to server), "down". Kinds: "setup" (schemas and sizes, once), "model",
-"update", "stats" (numbers that ride on an upload), "monitor" (mid-round checks), "evaluate". All counts are bytes.
+"update", "stats" (numbers that ride on an upload), "monitor" (mid-round checks), "evaluate". All counts are bytes. Local
+steps stand in the same book: with them it tells what each client did in each exchange of the round, evaluation apart.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_COLUMNS = ("down", "steps", "up")
 _ONCE = {f"{way}/{kind}" for way in ("up", "down") for kind in ("setup", "evaluate")}
 
 
@@ -23,6 +25,7 @@ class Ledger:
         self._round: dict[str, dict[str, int]] = {}
         self._spent: list[tuple[str, str, Tensor, Tensor]] = []  # direction, kind, ids [m], bytes of each [m]
         self._exchanges = 0
+        self._work: list[dict[str, dict[int, int]]] = []  # of each exchange, by column and client
 
     def count(self, direction: str, kind: str, ids: Tensor, payload: Tensor | int, frame: int, messages: int = 1) -> None:
         """One message (or part of one, with messages = 0) of each client in `ids` [m]; `payload` [m], or one for all."""
@@ -34,6 +37,25 @@ class Ledger:
             entry["frame"] += frame * len(ids)
             entry["messages"] += messages * len(ids)
         self._spent.append((direction, kind, ids, sizes + frame))
+        if kind != "evaluate":
+            self._note(direction, ids, sizes + frame)
+
+    def worked(self, ids: Tensor, steps: Tensor) -> None:
+        """Local steps [m] of clients `ids` [m]."""
+        self._note("steps", ids, steps)
+
+    def _note(self, column: str, ids: Tensor, values: Tensor) -> None:
+        now = max(0, self._exchanges - 1)  # the model and what follows it at once are one exchange
+        while len(self._work) <= now:
+            self._work.append({name: {} for name in _COLUMNS})
+        noted = self._work[now][column]
+        for i, value in zip(ids.tolist(), values.tolist(), strict=True):
+            noted[i] = noted.get(i, 0) + value
+
+    def work(self, ids: Tensor) -> Tensor:
+        """Bytes down, local steps and bytes up of each client in each exchange of this round so far: [S, 3, m] int64."""
+        rows = [[[noted[name].get(i, 0) for i in ids.tolist()] for name in _COLUMNS] for noted in self._work]
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), len(_COLUMNS), len(ids))
 
     def exchange(self) -> None:
         """One more round trip between server and cohort."""
@@ -62,5 +84,5 @@ class Ledger:
             "by_kind": self._round,
             "clients": {name: values.tolist() for name, values in sums.items()} | {"ids": known.tolist()},
         }
-        self._round, self._spent, self._exchanges = {}, [], 0
+        self._round, self._spent, self._exchanges, self._work = {}, [], 0, []
         return line
