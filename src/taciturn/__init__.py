@@ -6,7 +6,7 @@
 True
 """
 
-from taciturn import aggregation, codecs, fleet, methods, participation, partition, server, solvers, sync
+from taciturn import aggregation, codecs, fleet, methods, participation, partition, precision, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import TaciturnError
 from taciturn.experiment.experiment import Experiment, StopAt
@@ -43,6 +43,7 @@ __all__ = [
     "models",
     "participation",
     "partition",
+    "precision",
     "recipe",
     "run",
     "server",

@@ -18,6 +18,7 @@ from taciturn.core.state import State
 from taciturn.core.types import OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
 from taciturn.core.vector import Layout, Vector
 from taciturn.method import Method
+from taciturn.precision.policies import knobs
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,13 @@ def start(x0: Vector, sizes: Tensor, method: Method, base: Layout = Layout((), (
     return ServerState(0, x0, *parts, merges=nothing)
 
 
-def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method, sync: State) -> tuple[Plan, Tensor]:
-    """Who does how much and counts how much: sizes [M] samples -> (plan, steps of each before the first look [M])."""
+def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method, sync: State, key: Key) -> tuple[Plan, Tensor]:
+    """Who does how much, in what precision, and counts how much: sizes [M] samples -> (plan, steps before a look [M])."""
     require(len(ids) > 0, "method.participation drew no client; at least one must take part")
     epoch_steps = (sizes + method.batch_size - 1) // method.batch_size
     limit, stride = method.sync.schedule(epoch_steps, sync)
-    return Plan(round, ids, epoch_steps, limit, method.aggregator.weigh(sizes), method.solver.schedule(round)), stride
+    weights, bits = method.aggregator.weigh(sizes), knobs(method.precision, ids, key)
+    return Plan(round, ids, epoch_steps, limit, weights, method.solver.schedule(round), bits), stride
 
 
 def train(engine: Engine, rule: SyncRule, sync: State, cast: Cast, plan: Plan, stride: Tensor) -> State:
@@ -88,7 +90,7 @@ def fed_round(
     server: ServerState, ids: Tensor, sizes: Tensor, method: Method, engine: Engine, split: Split, key: Key
 ) -> tuple[ServerState, RoundStats]:
     """Server state and a cohort -> the next server state. Errors: `AllClientsFailed`; the state is as before."""
-    plan, stride = plan_round(server.round, ids, sizes, method, server.sync)  # 1 work and weight of each client
+    plan, stride = plan_round(server.round, ids, sizes, method, server.sync, key)  # 1 work of each client
     down_key = fold(key, "broadcast")
     cast = method.broadcast.publish(  # 2 encode the model once for each kind, and what the base takes
         server.x, server.round, server.cast, split.layout, down_key, server.merges, split.kinds

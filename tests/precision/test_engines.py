@@ -1,0 +1,121 @@
+"""Bits as data: clients of one block train and send at their own bits, on every engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_federation
+from drive import drive
+from taciturn import Task, codecs, participation, partition, precision, solvers, sync
+from taciturn.core.payload import nbytes
+from taciturn.core.state import equal
+from taciturn.method import Method
+from taciturn.precision.fake import quantized
+
+MIXED = precision.fixed(modes=("float32", "qat2", "ptq3", "qat4", "qat8"))
+BASE = Method(
+    participation=participation.uniform(count=5), sync=sync.every(epochs=2), solver=solvers.sgd(lr=0.1), batch_size=8
+)
+CODECS = {
+    "identity": codecs.identity(),
+    "quantize": codecs.quantize(bits=8, rounding="nearest", scale="channel"),
+    "memory": codecs.error_feedback(codecs.quantize(bits=8, rounding="nearest", scale="channel")),
+    "lossless": codecs.lossless(codecs.quantize8()),
+}
+
+
+def net(features: int = 16) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(features, 24), nn.Tanh(), nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 3))
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return Task(net, make_federation(features=16)).build(0)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_bits_of_each_client_are_the_same_on_every_engine(codec, wide):
+    method = BASE.replace(precision=MIXED, codec=CODECS[codec])
+    alone, engine, _, traffic = drive(wide, method)
+    wired, other, _, wire_traffic = drive(wide, method, "loopback")
+    assert torch.equal(alone.x, wired.x) and equal(engine.store.export(), other.store.export())
+    assert traffic == wire_traffic and traffic[0]["by_kind"]["down/plan"]["payload"] == 5 * 2
+    if codec != "identity":  # rounding may carry a value over the edge of a step
+        method = method.replace(codec=codecs.identity())
+        alone = drive(wide, method)[0]
+    stacked, _, _, stacked_traffic = drive(wide, method, "stacked", block=3)
+    assert float((alone.x - stacked.x).norm() / alone.x.norm()) <= 1e-6
+    if codec in ("quantize", "memory"):
+        stacked_traffic = drive(wide, BASE.replace(precision=MIXED, codec=CODECS[codec]), "stacked", block=3)[3]
+        assert stacked_traffic == traffic
+
+
+@pytest.mark.parametrize("personal", [None, "head"])
+def test_float_clients_are_those_of_a_run_without_precision(personal, wide):
+    part = partition.full() if personal is None else partition.layers(personal=("4.*",))
+    method = BASE.replace(partition=part)
+    plain = drive(wide, method)[0]
+    told = drive(wide, method.replace(precision=precision.fixed(modes=("float32",) * 8 + ("qat4",))))[0]  # 8 clients
+    assert torch.equal(plain.x, told.x)
+    assert not torch.equal(plain.x, drive(wide, method.replace(precision=precision.all("qat4")))[0].x)
+
+
+def test_a_client_alone_is_a_client_of_a_block(wide):
+    """One round, each client's own update: by itself in its mode, and in one stacked block with all others."""
+    method = BASE.replace(participation=participation.all(), solver=solvers.adamw(lr=0.01), precision=MIXED)
+    single, together = (_updates(wide, method, engine) for engine in ("sequential", "stacked"))
+    torch.testing.assert_close(single, together, rtol=0, atol=1e-6)
+    for i, mode in enumerate(MIXED.modes):
+        same = _updates(wide, method.replace(precision=precision.all(mode)), "sequential")
+        assert torch.equal(same[i], single[i])
+
+
+def _updates(task, method, engine):
+    from taciturn.client import Work
+    from taciturn.core import random
+    from taciturn.engines import build
+    from taciturn.round import plan_round, start, train
+
+    split = method.split(task.model, task.tracked)
+    key, sizes = random.key(0), task.train.sizes
+    runner, _ = build(engine, Work(task, split, method.solver, method.codec), method, key, each=True)
+    ids = torch.arange(len(sizes))
+    server = start(split.x0, sizes, method)
+    cast = method.broadcast.publish(server.x, 0, None, split.layout, key)
+    plan, stride = plan_round(0, ids, sizes, method, server.sync, key)
+    train(runner, method.sync, server.sync, cast, plan, stride)
+    found = list(runner.collect())
+    order = torch.argsort(torch.cat([block.ids for block in found]))
+    return torch.cat([block.updates for block in found])[order]
+
+
+def test_uploads_have_the_bits_of_their_client():
+    codec, u = codecs.quantize(bits=8, rounding="nearest", scale="channel"), torch.randn(600)
+    layout = partition.full().split(nn.Linear(24, 24), frozenset()).layout
+    for bits, levels in ((2, 1), (3, 3), (4, 7), (8, 127)):
+        want, _ = codecs.quantize(bits=bits, rounding="nearest", scale="channel").encode(
+            u, {}, torch.tensor(0), layout=layout, knobs={}
+        )
+        knobs = {"send": torch.tensor(levels, dtype=torch.uint8)}
+        got, _ = codec.encode(u, {}, torch.tensor(0), layout=layout, knobs=knobs)
+        assert equal(got, want) and int(nbytes(got)) == int(nbytes(want))
+        decoded = codec.decode(got, {}, layout=layout)[0]
+        assert torch.equal(decoded[:576].view(24, 24), quantized(u[:576].view(24, 24), torch.tensor(levels)))
+    off, _ = codec.encode(u, {}, torch.tensor(0), layout=layout, knobs={"send": torch.tensor(0, dtype=torch.uint8)})
+    assert equal(off, got)
+
+
+def test_ptq_keeps_the_fast_path_and_qat_says_why_not(wide):
+    from taciturn.client import Work
+    from taciturn.core import random
+    from taciturn.engines.modes import build
+
+    for mode, path in (("ptq4", "layer by layer"), ("qat4", "vmap")):
+        method = BASE.replace(precision=precision.all(mode), codec=codecs.quantize8())
+        split = method.split(wide.model, wide.tracked)
+        found = build("stacked", Work(wide, split, method.solver, method.codec), method, random.key(0))[1]
+        assert found.path == path and ("quantized weights" in found.why) == (path == "vmap")
+    stacked, alone = (drive(wide, method, engine)[0].x for engine in ("stacked", "sequential"))
+    assert float((stacked - alone).norm() / alone.norm()) <= 2e-2  # a value may fall on the other side of a step's edge
