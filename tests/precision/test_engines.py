@@ -9,10 +9,16 @@ from torch import nn
 from conftest import make_federation
 from drive import drive
 from taciturn import Task, codecs, participation, partition, precision, solvers, sync
+from taciturn.client import Work
+from taciturn.core import random
+from taciturn.core.errors import ConfigError
 from taciturn.core.payload import nbytes
 from taciturn.core.state import equal
+from taciturn.engines import build
 from taciturn.method import Method
 from taciturn.precision.fake import quantized
+from taciturn.precision.policies import knobs
+from taciturn.round import plan_round, start, train
 
 MIXED = precision.fixed(modes=("float32", "qat2", "ptq3", "qat4", "qat8"))
 BASE = Method(
@@ -73,10 +79,6 @@ def test_a_client_alone_is_a_client_of_a_block(wide):
 
 
 def _updates(task, method, engine):
-    from taciturn.client import Work
-    from taciturn.core import random
-    from taciturn.engines import build
-    from taciturn.round import plan_round, start, train
 
     split = method.split(task.model, task.tracked)
     key, sizes = random.key(0), task.train.sizes
@@ -108,9 +110,6 @@ def test_uploads_have_the_bits_of_their_client():
 
 
 def test_ptq_keeps_the_fast_path_and_qat_says_why_not(wide):
-    from taciturn.client import Work
-    from taciturn.core import random
-    from taciturn.engines.modes import build
 
     for mode, path in (("ptq4", "layer by layer"), ("qat4", "vmap")):
         method = BASE.replace(precision=precision.all(mode), codec=codecs.quantize8())
@@ -119,3 +118,18 @@ def test_ptq_keeps_the_fast_path_and_qat_says_why_not(wide):
         assert found.path == path and ("quantized weights" in found.why) == (path == "vmap")
     stacked, alone = (drive(wide, method, engine)[0].x for engine in ("stacked", "sequential"))
     assert float((stacked - alone).norm() / alone.norm()) <= 2e-2  # a value may fall on the other side of a step's edge
+
+
+def test_policies_are_exact():
+    ids, key = torch.arange(10) * 3, random.key(1)
+    assert knobs(precision.all(), ids, key) == {} and set(knobs(precision.all("ptq4"), ids, key)) == {"send"}
+    found = knobs(precision.fixed(modes=("float32", "qat4")), ids, key)
+    assert found["train"].tolist() == found["send"].tolist() == [7 * (i % 2) for i in ids.tolist()]
+    rule = precision.random(modes=("ptq8", "qat4", "qat2"), share=(0.5, 0.3, 0.2))
+    drawn = [rule.draw(ids, random.fold(key, r)) for r in range(2)]
+    assert all(torch.bincount(one).tolist() == [5, 3, 2] for one in drawn) and not torch.equal(*drawn)
+    assert torch.equal(drawn[0], rule.draw(ids, random.fold(key, 0)))
+    with pytest.raises(ConfigError, match="share: a positive number for each of 2 modes"):
+        precision.random(share=(0.5, 0.6))
+    with pytest.raises(ConfigError, match="known to the cost model"):
+        precision.all("bfloat16")
