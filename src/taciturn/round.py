@@ -18,7 +18,7 @@ from taciturn.core.state import State
 from taciturn.core.types import OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
 from taciturn.core.vector import Layout, Vector
 from taciturn.method import Method
-from taciturn.precision.policies import knobs
+from taciturn.precision.policies import knobs as knobs_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class RoundStats:
     left_out: dict[int, str] = field(default_factory=dict)
     sync: dict[str, Any] = field(default_factory=dict)
     aggregate: dict[str, Any] = field(default_factory=dict)
+    knobs: dict[str, list[int]] = field(default_factory=dict)
 
 
 def start(x0: Vector, sizes: Tensor, method: Method, base: Layout = Layout((), ())) -> ServerState:
@@ -71,7 +72,7 @@ def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method, sync: Sta
     require(len(ids) > 0, "method.participation drew no client; at least one must take part")
     epoch_steps = (sizes + method.batch_size - 1) // method.batch_size
     limit, stride = method.sync.schedule(epoch_steps, sync)
-    weights, bits = method.aggregator.weigh(sizes), knobs(method.precision, ids, key)
+    weights, bits = method.aggregator.weigh(sizes), knobs_of(method.precision, ids, key)
     return Plan(round, ids, epoch_steps, limit, weights, method.solver.schedule(round), bits), stride
 
 
@@ -110,7 +111,8 @@ def fed_round(
     x, opt = method.server.step(server.x, change.update, server.opt)  # 8 server optimizer (FedOpt)
     sync = method.sync.update(sync, plan, found, spent, change)  # 9 the rule's next threshold
     engine.commit(accepted)  # 10 accepted clients keep their new state
-    stats = replace(stats, sync=method.sync.tell(sync), aggregate=change.told)
+    knobs = {name: told.tolist() for name, told in plan.knobs.items()}
+    stats = replace(stats, sync=method.sync.tell(sync), aggregate=change.told, knobs=knobs)
     return ServerState(server.round + 1, x, opt, agg, sync, cast, change.merges), stats
 
 

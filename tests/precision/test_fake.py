@@ -12,8 +12,9 @@ from conftest import make_federation
 from taciturn import Experiment, Method, Task, client, codecs, precision, solvers
 from taciturn.client import Work
 from taciturn.core import random
-from taciturn.precision import fake
-from taciturn.precision.modes import BITS, levels
+from taciturn.precision import cost, fake, penalty
+from taciturn.precision.allocate import coarse
+from taciturn.precision.modes import BITS, levels, mode
 
 
 def weight(*shape: int, dtype=torch.float32) -> torch.Tensor:
@@ -100,3 +101,18 @@ def test_the_deployed_model_is_quantized_and_the_result_is_not():
     assert torch.equal(model[0].weight, fake.deployed(result.tensors, 2)["0.weight"])
     assert torch.equal(model[2].weight, result.tensors["2.weight"])
     assert not torch.equal(result.model[0].weight, model[0].weight)
+
+
+def test_an_allocation_is_played():
+    """Coarse stage, end to end: device times and penalties -> a mode for each client -> a run that records their bits."""
+    names = ("ptq4", "qat4")
+    layers = [cost.Layer(8, 16, 24)]
+    fast, slow = (cost.Device({"float32": rate}, bandwidth=1e9) for rate in (1e8, 1e6))
+    times = torch.tensor([[cost.seconds(layers, d, mode(n), 10) for n in names] for d in [slow, fast, fast, fast] * 2])
+    d = penalty.penalties(torch.ones(8), torch.zeros(8), [mode(n) for n in names])
+    found = coarse(times, d, 0.01, float(times[:, 0].max()))
+    assert found.modes.tolist() == [0, 1, 1, 1] * 2
+    method = Method(precision=precision.fixed(modes=tuple(names[m] for m in found.modes)), codec=codecs.quantize8())
+    task = Task(lambda: nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 3)), make_federation(features=16))
+    line = taciturn.run(Experiment(task, method, rounds=1)).history[0]
+    assert line["knobs"] == {"train": [7 * m for m in found.modes.tolist()], "send": [7] * 8}

@@ -33,7 +33,7 @@ def features(**known: Tensor | float) -> Tensor:
         f"precision.learn: features {', '.join(FEATURES[1:])}; got {', '.join(sorted(known))}",
     )
     columns = [torch.as_tensor(known.get(name, 1.0), dtype=torch.float64) for name in FEATURES]
-    return torch.stack(torch.broadcast_tensors(*columns), -1)
+    return torch.stack(torch.broadcast_tensors(*columns), -1)  # type: ignore[no-untyped-call]
 
 
 # --------------------------------------------------------------------------------------------------------- regression

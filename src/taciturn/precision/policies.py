@@ -70,7 +70,10 @@ class all:
 
 @dataclass(frozen=True, slots=True)
 class fixed:
-    """Client i in mode modes[i mod n_m], in every round. Errors: `UnknownName`."""
+    """Client i in mode modes[i mod n_m], in every round; one name for each client plays an allocation (allocate.py).
+
+    Errors: `UnknownName`.
+    """
 
     modes: tuple[str, ...] = ("ptq8", "qat8")
 
