@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+import taciturn
 from conftest import make_federation
-from drive import drive
-from taciturn import Task, codecs, participation, partition, precision, solvers, sync
+from drive import drive, resumes
+from taciturn import Experiment, Task, codecs, participation, partition, precision, solvers, sync
 from taciturn.client import Work
 from taciturn.core import random
 from taciturn.core.errors import ConfigError
 from taciturn.core.payload import nbytes
 from taciturn.core.state import equal
 from taciturn.engines import build
+from taciturn.experiment import config
 from taciturn.method import Method
 from taciturn.precision.fake import quantized
 from taciturn.precision.policies import knobs
@@ -133,3 +135,16 @@ def test_policies_are_exact():
         precision.random(share=(0.5, 0.6))
     with pytest.raises(ConfigError, match="known to the cost model"):
         precision.all("bfloat16")
+
+
+def test_a_run_goes_on_and_workers_change_nothing(tmp_path):
+    task = Task(net, make_federation(features=16))
+    rule = precision.random(modes=("float32", "ptq4", "qat2"))
+    method = BASE.replace(precision=rule, codec=codecs.error_feedback(CODECS["quantize"]))
+    experiment = Experiment(task, method, rounds=2, engine="stacked", block=3, evaluate_clients_every=1)
+    whole = resumes(experiment, tmp_path / "run", rounds=4)
+    shared = taciturn.run(experiment.replace(rounds=4, workers=2))
+    assert all(torch.equal(shared.tensors[name], t) for name, t in whole.tensors.items())
+    assert [line["knobs"] for line in shared.history] == [line["knobs"] for line in whole.history]
+    again = config.from_table(config.to_table(experiment) | {"data": "digits", "model": "mlp"})
+    assert again.method.precision == rule
