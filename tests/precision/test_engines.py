@@ -45,19 +45,16 @@ def wide():
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_bits_of_each_client_are_the_same_on_every_engine(codec, wide):
+    """Loopback in every bit and byte; stacked in every byte that packing does not shrink, and to rounding."""
     method = BASE.replace(precision=MIXED, codec=CODECS[codec])
     alone, engine, _, traffic = drive(wide, method)
     wired, other, _, wire_traffic = drive(wide, method, "loopback")
+    stacked, _, _, stacked_traffic = drive(wide, method, "stacked", block=3)
     assert torch.equal(alone.x, wired.x) and equal(engine.store.export(), other.store.export())
     assert traffic == wire_traffic and traffic[0]["by_kind"]["down/plan"]["payload"] == 5 * 2
-    if codec != "identity":  # rounding may carry a value over the edge of a step
-        method = method.replace(codec=codecs.identity())
-        alone = drive(wide, method)[0]
-    stacked, _, _, stacked_traffic = drive(wide, method, "stacked", block=3)
-    assert float((alone.x - stacked.x).norm() / alone.x.norm()) <= 1e-6
-    if codec in ("quantize", "memory"):
-        stacked_traffic = drive(wide, BASE.replace(precision=MIXED, codec=CODECS[codec]), "stacked", block=3)[3]
-        assert stacked_traffic == traffic
+    assert stacked_traffic == traffic or codec == "lossless"
+    near = 1e-6 if codec == "identity" else 1e-2  # a value may fall on the other side of the edge of a step
+    assert float((alone.x - stacked.x).norm() / alone.x.norm()) <= near
 
 
 @pytest.mark.parametrize("personal", [None, "head"])
