@@ -4,7 +4,8 @@ Theory: the dual invariant under half participation, lost uploads and a 4-bit co
 Lagrangian under the stated rho and sigma; the distance of each method's fixed point from the optimum, solved for.
 Comparison: every method tries the same number of settings (a step size of the clients times a second number of its own)
 on the clients' validation data with a seed of its own (`--tune`, kept in bench/results); then other seeds, judged on the
-clients' test data after the last round. Every method does the same local steps a round with the same cohorts.
+clients' test data after the last round. Every method does the same local steps a round with the same cohorts. The second
+number of partial methods is which part is personal, the head or the stem; FedAPM's rho is "auto".
 Bytes to the target: up and down when a method is first measured there; the target is the level that the best of the
 others reaches at the end, less one standard error.
 """
@@ -34,8 +35,8 @@ from taciturn import Experiment, Method, TaskSpec, codecs, data, methods, models
 from taciturn.experiment.result import worst_decile
 
 TUNED, TUNING_SEED = RESULTS / "fedapm_tuned.json", 1000
-LR = (0.03, 0.1, 0.3)
-HEAD = partition.layers(personal="head")
+LR, LARGE = (0.03, 0.1, 0.3), (0.1, 0.3, 1.0)
+HEAD, STEM = partition.layers(personal="head"), partition.layers(personal="stem")
 STEPS = 10
 
 
@@ -117,17 +118,19 @@ class Case:
     batch: int
     rounds: int
     clip: float | None = None
+    lr: tuple[float, ...] = LR
+    seeds: int = 5
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data, where they lie beside the project
 
 CASES = {
     "activity": Case(
-        lambda held: data.activity(path=str(SHARED / "hapt"), validation=held), models.temporal(), 6, 16, 30, 5.0
+        lambda held: data.activity(path=str(SHARED / "hapt"), validation=held), models.temporal(), 6, 16, 30, 5.0, LARGE, 3
     ),
     "turbofan": Case(
         lambda held: data.turbofan(path=str(SHARED / "cmapss"), test=0.2, validation=held),
-        models.temporal(channels=(16, 16)), 10, 16, 40, 1.0,
+        models.temporal(channels=(16, 16)), 10, 16, 40, 1.0, seeds=3,
     ),
     "air": Case(
         lambda held: data.air(path=str(SHARED / "beijing_air"), validation=held), models.mlp(hidden=(32,)), 4, 32, 40, 5.0
@@ -139,11 +142,11 @@ CASES = {
         lambda held: data.digits(
             clients=20, split=data.dirichlet(alpha=0.3, min_partition_size=15), central=0.0, validation=held
         ),
-        models.mlp(hidden=(64,)), 4, 16, 40,
+        models.mlp(hidden=(64,)), 4, 16, 40, None, LARGE,
     ),
     "digits-permuted": Case(
         lambda held: data.digits(clients=20, central=0.0, validation=held, permuted=True),
-        models.mlp(hidden=(64,)), 4, 16, 40,
+        models.mlp(hidden=(64,)), 4, 16, 40, None, LARGE,
     ),
 }  # fmt: skip
 QUICK = ("activity", "heart", "digits", "digits-permuted")
@@ -154,16 +157,15 @@ PEERS: dict[str, tuple[Make, tuple[float, ...]]] = {
     "fedprox": (lambda u, mu: methods.fedprox(u, mu=mu), (0.01, 0.1)),
     "scaffold": (lambda u, rate: methods.scaffold(u.lr, rate=rate), (1.0, 1.5)),
     "fedadmm": (lambda u, rho: methods.fedadmm(u, rho=rho), (0.05, 0.3)),
-    "fedsim": (lambda u, rate: methods.fedsim(HEAD, u=u, server=server.sgd(lr=rate)), (1.0, 1.5)),
-    "fedalt": (lambda u, rate: methods.fedalt(HEAD, u=u, server=server.sgd(lr=rate)), (1.0, 1.5)),
+    "fedsim": (lambda u, stem: methods.fedsim(STEM if stem else HEAD, u=u), (0, 1)),
+    "fedalt": (lambda u, stem: methods.fedalt(STEM if stem else HEAD, u=u), (0, 1)),
+    "admm": (lambda u, stem: methods.fedapm(STEM if stem else HEAD, u=u, sigma=0.05), (0, 1)),
     "ditto": (lambda u, lam: methods.ditto(u, lam=lam), (0.1, 1.0)),
     "pfedme": (lambda u, lam: methods.pfedme(0.2 / lam, lam=lam, local_lr=u.lr), (1.0, 15.0)),
     "local": (lambda u, share: methods.local(u, steps=int(share * STEPS)), (1.0, 3.0)),
-    "admm": (lambda u, rho: methods.fedapm(HEAD, u=u, rho=rho, sigma=0.05), (0.03, 0.2)),
-    "admm-auto": (lambda u, sigma: methods.fedapm(HEAD, u=u, rho="auto", sigma=sigma), (0.0, 0.05)),
 }
 
-TUNED_FIRST = "fedavg"  # fedavg+ft goes on from it: all clients, at home, from the trained model
+FIRST, FINE = "fedavg", "fedavg+ft"  # the second goes on from the first: all clients, at home, from the trained model
 FINE_STEPS = (10.0, 50.0)
 
 
@@ -178,7 +180,8 @@ class _Given:
         return self.model
 
 
-def _experiment(case: Case, method: Method, seed: int, tuning: bool) -> Experiment:
+def experiment(case: Case, method: Method, seed: int, tuning: bool) -> Experiment:
+    """A method on a task; tuning: on validation data."""
     method = method.replace(participation=participation.uniform(count=case.count), batch_size=case.batch)
     task = TaskSpec(case.source(0.2 if tuning else 0.0), case.model)
     on = "validation" if tuning else "test"
@@ -187,7 +190,8 @@ def _experiment(case: Case, method: Method, seed: int, tuning: bool) -> Experime
     )
 
 
-def _optimizer(case: Case, lr: float) -> solvers.sgd:
+def optimizer(case: Case, lr: float) -> solvers.sgd:
+    """Plain SGD with the task's clipping."""
     return solvers.sgd(lr=lr, clip=case.clip)
 
 
@@ -195,15 +199,14 @@ def run_one(
     task: str, name: str, setting: tuple[float, float], seed: int, tuning: bool, base: Any = None
 ) -> dict[str, Any]:
     """One method on one task -> where it ended, worst decile, and the curve of (value, bytes); base: of fedavg+ft."""
-    torch.set_num_threads(1)
     case, job = CASES[task], {"task": task, "method": name, "setting": list(setting), "seed": seed}
     lr, second = setting
     try:
-        first = PEERS[TUNED_FIRST][0](_optimizer(case, base[0]), base[1]) if base else None
-        method = first or PEERS[name][0](_optimizer(case, lr), second)
-        result = taciturn.run(_experiment(case, method, seed, tuning))
+        first = PEERS[FIRST][0](optimizer(case, base[0]), base[1]) if base else None
+        method = first or PEERS[name][0](optimizer(case, lr), second)
+        result = taciturn.run(experiment(case, method, seed, tuning))
         if base:
-            fine = methods.local(_optimizer(case, lr), steps=int(second), batch_size=case.batch)
+            fine = methods.local(optimizer(case, lr), steps=int(second), batch_size=case.batch)
             start = TaskSpec(case.source(0.2 if tuning else 0.0), _Given(result.model))
             on = "validation" if tuning else "test"
             done = taciturn.run(Experiment(start, fine, rounds=1, seed=seed, evaluate_on=on))
@@ -219,14 +222,14 @@ def run_one(
     return job | {"value": fmean(rows), "worst": worst_decile(rows, goal), "goal": goal, "metric": metric, "curve": curve}
 
 
-def _all(jobs: list[tuple[Any, ...]], processes: int) -> list[dict[str, Any]]:
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+def each(work: Callable[..., dict[str, Any]], jobs: list[tuple[Any, ...]], processes: int) -> list[dict[str, Any]]:
+    """Runs in processes of one thread; each is printed when it ends."""
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), **one_thread) as pool:
         runs = []
-        for future in as_completed([pool.submit(run_one, *job) for job in jobs]):
+        for future in as_completed([pool.submit(work, *job) for job in jobs]):
             runs.append(future.result())
-            one = runs[-1]
-            print(f"{one['task']:16}{one['method']:12}{one['setting']} seed {one['seed']} ", end="")
-            print(one.get("failed") or f"{one['metric']} {one['value']:.4f}", flush=True)
+            print(*(value for name, value in runs[-1].items() if name not in ("curve", "goal", "worst")), flush=True)
         return runs
 
 
@@ -235,29 +238,27 @@ def _better(run: dict[str, Any]) -> float:
     return -1e9 if "failed" in run else run["value"] * (1 if run["goal"] == "max" else -1)
 
 
-def tune(tasks: list[str], processes: int) -> None:
-    """The best setting of each method on each task, into bench/results, beside those of other tasks."""
+def tune(tasks: list[str], names: list[str], processes: int) -> None:
+    """The best setting of each method on each task, into bench/results, beside those of other tasks and methods."""
     found = json.loads(TUNED.read_text()) if TUNED.exists() else {"seed": TUNING_SEED, "chosen": {}, "tried": []}
-    jobs = [
-        (t, n, s, TUNING_SEED, True) for t in tasks for n, (_, more) in PEERS.items() for s in itertools.product(LR, more)
-    ]
-    runs = _all(jobs, processes)
 
-    def best(task: str, name: str, among: list[dict[str, Any]]) -> list[float]:
-        return max((one for one in among if (one["task"], one["method"]) == (task, name)), key=_better)["setting"]
+    def settle(jobs: list[tuple[Any, ...]]) -> None:
+        runs = each(run_one, jobs, processes)
+        tried = {(one["task"], one["method"]) for one in runs}
+        for task, name in tried:
+            mine = [one for one in runs if (one["task"], one["method"]) == (task, name)]
+            found["chosen"].setdefault(task, {})[name] = max(mine, key=_better)["setting"]
+        kept = [one for one in found["tried"] if (one["task"], one["method"]) not in tried]
+        keys = ("task", "method", "setting", "value", "failed")
+        found["tried"] = kept + [{key: one.get(key) for key in keys} for one in runs]
+        TUNED.write_text(json.dumps(found, indent=1) + "\n")
 
-    found["chosen"] |= {task: {name: best(task, name, runs) for name in PEERS} for task in tasks}
-    fine = [
-        (t, "fedavg+ft", s, TUNING_SEED, True, found["chosen"][t][TUNED_FIRST])
-        for t in tasks
-        for s in itertools.product(LR, FINE_STEPS)
-    ]
-    runs += _all(fine, processes)
     for task in tasks:
-        found["chosen"][task]["fedavg+ft"] = best(task, "fedavg+ft", runs)
-    kept = [one for one in found["tried"] if one["task"] not in tasks]
-    found["tried"] = kept + [{k: one.get(k) for k in ("task", "method", "setting", "value", "failed")} for one in runs]
-    TUNED.write_text(json.dumps(found, indent=1) + "\n")
+        grids = {name: list(itertools.product(CASES[task].lr, PEERS[name][1])) for name in PEERS if name in names}
+        settle([(task, name, s, TUNING_SEED, True) for name, grid in grids.items() for s in grid])
+        if FINE in names:
+            grid = list(itertools.product(CASES[task].lr, FINE_STEPS))
+            settle([(task, FINE, s, TUNING_SEED, True, found["chosen"][task][FIRST]) for s in grid])
 
 
 def summary(runs: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
@@ -274,7 +275,7 @@ def summary(runs: list[dict[str, Any]], tasks: list[str]) -> dict[str, Any]:
         error = {name: stdev(o["value"] for o in many) / len(many) ** 0.5 if len(many) > 1 else None
                  for name, many in rows.items()}  # fmt: skip
         order = sorted(mean, key=lambda name: -sign * mean[name])
-        rival = next(name for name in order if name not in ("admm", "admm-auto", "local"))
+        rival = next(name for name in order if name not in ("admm", "local"))
         target = mean[rival] - sign * (error[rival] or 0.0)
         reached = {name: [_reached(one["curve"], target, sign) for one in many] for name, many in rows.items()}
         to = {
@@ -320,32 +321,33 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--tune", action="store_true", help="choose the settings on a seed of its own")
     options.add_argument("--tasks", nargs="*", choices=CASES, help="some of the tasks")
+    options.add_argument("--methods", nargs="*", choices=[*PEERS, FINE], help="with --tune: some of the methods")
     options.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     chosen = options.parse_args()
     there = [t for t in CASES if t.startswith("digits") or SHARED.is_dir()]
     tasks = chosen.tasks or [t for t in there if t in QUICK or not chosen.quick]
     if chosen.tune:
-        tune(tasks, chosen.processes)
+        tune(tasks, chosen.methods or [*PEERS, FINE], chosen.processes)
         return
     settings = json.loads(TUNED.read_text())["chosen"]
     tasks = [task for task in tasks if task in settings]
-    seeds = range(1 if chosen.quick else 5)
+    seeds = {task: 1 if chosen.quick else CASES[task].seeds for task in tasks}
     theory = {
         "invariant_max": invariant(20 if chosen.quick else 100),
         "descent_violations": descent(4 if chosen.quick else 25),
         "fixed_point_bias": bias(),
     }
     jobs = [
-        (task, name, tuple(setting), seed, False, settings[task][TUNED_FIRST] if name == "fedavg+ft" else None)
+        (task, name, tuple(setting), seed, False, settings[task][FIRST] if name == FINE else None)
         for task in tasks
-        for seed in seeds
+        for seed in range(seeds[task])
         for name, setting in settings[task].items()
     ]
-    runs = _all(jobs, chosen.processes)
+    runs = each(run_one, jobs, chosen.processes)
     figures = theory | summary(runs, tasks)
     _show(figures, tasks)
     missing = {task: "not run: --quick, or no data folder" for task in CASES if task not in tasks}
-    n = {"tasks": len(tasks), "seeds": len(seeds), "rounds": {task: CASES[task].rounds for task in tasks}}
+    n = {"tasks": len(tasks), "seeds": seeds, "rounds": {task: CASES[task].rounds for task in tasks}}
     figures |= {"not_run": missing, "n": n}
     finish("fedapm", figures | ({} if chosen.quick else {"runs": runs}), chosen.quick)
 

@@ -7,7 +7,7 @@ import torch
 
 from advisor.toys import experiment, least_squares
 from conftest import Net, make_federation
-from taciturn import Experiment, Method, aggregation, participation, partition, solvers, sync
+from taciturn import Experiment, Method, aggregation, methods, participation, partition, solvers, sync
 from taciturn.advisor import run_pilot
 from taciturn.aggregation import mean
 from taciturn.core.errors import ConfigError, MethodError, RunError
@@ -101,4 +101,10 @@ def test_unlike_messages_are_refused(fields, operator, message):
     part = partition.lora(**({"rank": 2, "targets": "stem"} | fields))
     method = Method(partition=part, aggregator=aggregation.low_rank(operator=operator))
     with pytest.raises(MethodError, match=message):
+        run_pilot(Experiment(Task(Net, make_federation()), method, rounds=4))
+
+
+@pytest.mark.parametrize("method", [methods.fedapm(), methods.scaffold()], ids=["admm", "scaffold"])
+def test_solvers_that_send_more_than_a_change_are_refused(method):
+    with pytest.raises(MethodError, match="sends more than the change of a model"):
         run_pilot(Experiment(Task(Net, make_federation()), method, rounds=4))

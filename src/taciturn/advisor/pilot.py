@@ -92,6 +92,13 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     rounds = max(2, min(10, experiment.rounds // 4)) if rounds is None else rounds
     require(rounds >= 1, f"--pilot: at least 1 round; got {rounds}")
     began = time.perf_counter()
+    solver = experiment.method.solver
+    if getattr(solver, "point", False) or hasattr(solver, "extend"):
+        raise MethodError(
+            f"advise: solver = {type(solver).__name__} sends more than the change of a model, which the theory behind the "
+            "ranking does not know; advise the same task with solver = sgd, and difference(codec, alpha = 1, memory = "
+            '"mean") of what it finds is what admm takes'
+        )
     run = prepare(experiment.replace(method=experiment.method.encoded(identity()), evaluate_on="train"))
     work, sizes, method, key = run.work, run.task.train.sizes, run.experiment.method, run.key
     if work.split.kinds:

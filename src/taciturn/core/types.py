@@ -73,7 +73,7 @@ STATUS = ("ok", "loss not finite", "update not finite", "no answer")
 @dataclass(frozen=True)
 class Block:
     """Decoded messages of m clients of equal shape. `start` [m, d] is what each client HELD, not the server's x. A linear
-    aggregator may get them already summed: then `updates` has no rows, and `total` is their weighted sum.
+    aggregator may get them summed: `updates` has no rows, `total` is their weighted sum.
     """
 
     ids: Tensor  # [m] int64
@@ -190,9 +190,9 @@ class Codec(Protocol):
 
 
 class Solver(Protocol):
-    """HOW a client trains: pure functions of a record that holds at least y [d] and v [p]. One that shares values of its
-    own beside the model has `extend(split) -> Split` (core/extended.py): everybody then works with that split.
-    """
+    """HOW a client trains: pure functions of a record that holds at least y [d] and v [p]. `extend(split) -> Split` of one
+    that shares values of its own (core/extended.py). One that sends a point, no change, has `point = True`, `tell(local) ->
+    Record` of numbers [] to ride on the upload, and `settle(state, arrived [d]) -> State`, for what arrives binds both."""
 
     @property
     def schedule(self) -> Callable[[int], float]:
