@@ -42,9 +42,7 @@ def brute(times: Tensor, penalties: Tensor, lam: float) -> float:
     """The least J of all assignments."""
     clients, modes = times.shape
     every = torch.tensor(list(itertools.product(range(modes), repeat=clients)))
-    makespan = times.T.gather(0, every).max(1).values if clients > 1 else times[0, every[:, 0]]
-    sums = penalties.T.gather(0, every).sum(1) if clients > 1 else penalties[0, every[:, 0]]
-    return float((makespan + lam * sums).min())
+    return float((times.mT.gather(0, every).max(1).values + lam * penalties.mT.gather(0, every).sum(1)).min())
 
 
 def allocator() -> dict[str, float]:

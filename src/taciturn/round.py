@@ -45,7 +45,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class RoundStats:
-    """What a round tells the record: per client [M]; what left-out clients failed of; what rule and aggregator saw."""
+    """What a round tells the record: per client [M]; what failed; what rule and aggregator saw; knobs told."""
 
     ids: Tensor
     loss: Tensor

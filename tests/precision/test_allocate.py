@@ -9,7 +9,7 @@ import torch
 
 from taciturn.core import random
 from taciturn.core.errors import ConfigError
-from taciturn.precision.allocate import coarse, objective
+from taciturn.precision.allocate import coarse
 
 
 def instance(seed: int):
@@ -26,20 +26,19 @@ def instance(seed: int):
     return torch.where(masked, torch.inf, times), penalties, float(4 * u[2])
 
 
-def brute(times, penalties, lam, reference=1.0):
+def brute(times, penalties, lam):
+    """The least J of all assignments, one row each."""
     clients, modes = times.shape
-    every = (torch.tensor(q) for q in itertools.product(range(modes), repeat=clients))
-    allowed = (q for q in every if torch.isfinite(times.gather(1, q.unsqueeze(1))).all())
-    return min((objective(times, penalties, q, lam, reference) for q in allowed), key=lambda found: found.objective)
+    every = torch.tensor(list(itertools.product(range(modes), repeat=clients)))
+    return float((times.mT.gather(0, every).max(1).values + lam * penalties.mT.gather(0, every).sum(1)).min())
 
 
-@pytest.mark.parametrize("part", range(3))
-def test_it_is_brute_force(part):
-    for seed in range(part, 300, 3):
+def test_it_is_brute_force():
+    for seed in range(300):
         times, penalties, lam = instance(seed)
         found = coarse(times, penalties, lam, 1.0)
         assert torch.isfinite(times.gather(1, found.modes.unsqueeze(1))).all()
-        assert found.objective == pytest.approx(brute(times, penalties, lam).objective, abs=1e-12), seed
+        assert found.objective == pytest.approx(brute(times, penalties, lam), abs=1e-12), seed
 
 
 def test_the_ends_of_lam():

@@ -47,9 +47,9 @@ def wide():
 def test_bits_of_each_client_are_the_same_on_every_engine(codec, wide):
     """Loopback in every bit and byte; stacked in every byte that packing does not shrink, and to rounding."""
     method = BASE.replace(precision=MIXED, codec=CODECS[codec])
-    alone, engine, _, traffic = drive(wide, method)
-    wired, other, _, wire_traffic = drive(wide, method, "loopback")
-    stacked, _, _, stacked_traffic = drive(wide, method, "stacked", block=3)
+    alone, engine, _, traffic = drive(wide, method, rounds=3)
+    wired, other, _, wire_traffic = drive(wide, method, "loopback", rounds=3)
+    stacked, _, _, stacked_traffic = drive(wide, method, "stacked", rounds=3, block=3)
     assert torch.equal(alone.x, wired.x) and equal(engine.store.export(), other.store.export())
     assert traffic == wire_traffic and traffic[0]["by_kind"]["down/plan"]["payload"] == 5 * 2
     assert stacked_traffic == traffic or codec == "lossless"
@@ -115,7 +115,7 @@ def test_ptq_keeps_the_fast_path_and_qat_says_why_not(wide):
         split = method.split(wide.model, wide.tracked)
         found = build("stacked", Work(wide, split, method.solver, method.codec), method, random.key(0))[1]
         assert found.path == path and ("quantized weights" in found.why) == (path == "vmap")
-    stacked, alone = (drive(wide, method, engine)[0].x for engine in ("stacked", "sequential"))
+    stacked, alone = (drive(wide, method, engine, rounds=3)[0].x for engine in ("stacked", "sequential"))
     assert float((stacked - alone).norm() / alone.norm()) <= 2e-2  # a value may fall on the other side of a step's edge
 
 

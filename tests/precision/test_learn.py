@@ -31,10 +31,11 @@ def test_without_forgetting_it_is_batch_ridge():
     torch.testing.assert_close(state["theta"], theta)
     torch.testing.assert_close(state["P"], inverse)
     rss = (y - x @ theta).square().sum() + 0.1 * theta.square().sum()
-    torch.testing.assert_close(state["rss"], rss)
+    torch.testing.assert_close(state["rss"], rss + 1)
     mean, width = learn.predict(state, x)
     torch.testing.assert_close(mean, x @ theta)
-    torch.testing.assert_close(width, 2 * (rss / 60 * (x @ inverse * x).sum(1)).sqrt())
+    torch.testing.assert_close(width, 2 * ((rss + 1) / 61 * (x @ inverse * x).sum(1)).sqrt())
+    assert bool((width < learn.predict(learn.fresh(11), x)[1]).all())
 
 
 def test_it_follows_what_changes():

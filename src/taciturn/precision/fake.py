@@ -58,7 +58,8 @@ def deployed(tensors: Mapping[str, Tensor], bits: int) -> Record:
 
     Give parameters, not buffers: a table of positions is no weight.
     """
-    return lowered(dict(tensors), torch.tensor(levels_of(bits)))
+    device = next(iter(tensors.values()), torch.empty(0)).device
+    return lowered(dict(tensors), torch.tensor(levels_of(bits), device=device))
 
 
 class _Straight(torch.autograd.Function):

@@ -39,15 +39,18 @@ def features(**known: Tensor | float) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- regression
 
 
-def fresh(n: int = len(FEATURES), ridge: float = 0.1) -> State:
-    """A regression that knows nothing: {"P": [n, n], "theta": [n], "rss": [], "count": []}."""
-    zero = torch.zeros((), dtype=torch.float64)
+def fresh(n: int = len(FEATURES), ridge: float = 0.1, variance: float = 1.0) -> State:
+    """A regression that knows nothing: {"P": [n, n], "theta": [n], "rss": [], "count": []}.
+
+    variance: of the residuals before any was seen; it counts as one observation, so that nothing seen is nothing sure.
+    """
     identity = torch.eye(n, dtype=torch.float64)
-    return {"P": identity / ridge, "theta": identity.new_zeros(n), "rss": zero, "count": zero}
+    seen = {"rss": identity.new_tensor(variance), "count": identity.new_tensor(1.0)}
+    return {"P": identity / ridge, "theta": identity.new_zeros(n)} | seen
 
 
 def learn(state: State, x: Tensor, y: Tensor | float, forget: float = 0.98) -> State:
-    """The regression after one more observation: x [n], y []."""
+    """The regression after one more observation: x [n], y []. With f < 1, P grows where nothing new is seen."""
     x, y = x.double(), torch.as_tensor(y, dtype=torch.float64)
     px = state["P"] @ x
     gain = px / (forget + x @ px)
@@ -65,7 +68,7 @@ def learn(state: State, x: Tensor, y: Tensor | float, forget: float = 0.98) -> S
 def predict(state: State, x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, width of 95 %) at x [.., n] -> [..] each."""
     x = x.double()
-    variance = state["rss"] / state["count"].clamp(min=1)
+    variance = state["rss"] / state["count"]
     return x @ state["theta"], 2 * (variance * ((x @ state["P"]) * x).sum(-1)).clamp(min=0).sqrt()
 
 
