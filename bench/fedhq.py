@@ -1,8 +1,8 @@
 """Hybrid precision, after FedHQ (arXiv 2505.11982; the paper's own numbers cannot be verified): what its parts cost.
 
 Allocator: 300 random instances of up to 6 clients and 4 modes with masks, beside brute force; milliseconds of CPU time for
-1000 clients and 4 modes, median. Step: forward, backward, SGD, one thread; quantization-aware over float, medians of CPU
-seconds of steps that take turns: lean (weights of 4 bits, then 8-bit inputs too), and the same weights through
+1000 clients and 4 modes, median. Step: forward, backward, SGD, one thread; quantization-aware over float, median ratio
+of CPU seconds of steps that take turns: lean (weights of 4 bits, then 8-bit inputs too), and the same weights through
 `torch.fake_quantize_per_channel_affine`. Cost model: the closed form for the same weights, with rate and bandwidth measured
 here, 36 bytes a weight (operator after operator).
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from bench.common import arguments, finish
 from taciturn.core import random
+from taciturn.engines.memory import keep_freed_memory
 from taciturn.precision import cost, fake
 from taciturn.precision.allocate import coarse, objective
 from taciturn.precision.modes import levels, mode
@@ -141,6 +142,11 @@ def stepper(model: nn.Module, x: Tensor, way: str) -> Callable[[], None]:
     return step
 
 
+def turns(one: list[float], other: list[float]) -> float:
+    """Median ratio of two that took turns: what slows a machine for a while slows both."""
+    return median(a / b for a, b in zip(one, other, strict=True))
+
+
 def machine_rates() -> cost.Device:
     """Rate of a float32 product of 512 and bandwidth of a copy of 1 MB, medians."""
     a, big = torch.randn(512, 512), torch.randn(1 << 17)
@@ -155,7 +161,7 @@ def overheads(quick: bool) -> dict[str, dict[str, float]]:
     device, found = machine_rates(), {}
     for name, (model, x, layers) in models(quick).items():
         steps = {way: stepper(model, x, way) for way in ("float", "lean", "inputs", "library")}
-        rounds = {"mlp": 150, "cnn": 25, "transformer": 12}[name] // (2 if quick else 1)
+        rounds = {"mlp": 400, "cnn": 40, "transformer": 24}[name] // (2 if quick else 1)
         took: dict[str, list[float]] = {way: [] for way in steps}
         for turn in range(rounds + 2):
             for way, step in steps.items():
@@ -164,7 +170,7 @@ def overheads(quick: bool) -> dict[str, dict[str, float]]:
                     took[way].append(seconds)
         plain = median(took["float"])
         aware, without = (cost.step(layers, device, mode(m), moved=cost.EAGER) for m in (f"qat{BITS}", "float32"))
-        row = {f"{way} / float": median(took[way]) / plain for way in ("lean", "inputs", "library")}
+        row = {f"{way} / float": turns(took[way], took["float"]) for way in ("lean", "inputs", "library")}
         found[name] = {"float ms": plain * 1e3} | row | {"model of cost": aware / without}
     return found
 
@@ -173,6 +179,7 @@ def main() -> None:
     """Run, print."""
     quick = arguments(__doc__).quick
     torch.set_num_threads(1)
+    keep_freed_memory()  # as engines do
     solved, rows = allocator(), overheads(quick)
     table = Table("a training step", *next(iter(rows.values())), title=f"quantization-aware training, {BITS} bits")
     for name, row in rows.items():
