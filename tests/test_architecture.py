@@ -13,7 +13,7 @@ import taciturn
 
 ROOT = Path(taciturn.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ROOMS = ("partition", "participation", "codecs", "sync", "solvers", "aggregation", "server", "wire", "fleet")
+ROOMS = ("partition", "participation", "codecs", "sync", "solvers", "aggregation", "server", "wire", "fleet", "precision")
 # a later floor may import every earlier one; rooms that stand on one floor do not import each other
 FLOORS = [
     {"core"},

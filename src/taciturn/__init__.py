@@ -6,7 +6,7 @@
 True
 """
 
-from taciturn import aggregation, codecs, fleet, methods, participation, partition, server, solvers, sync
+from taciturn import aggregation, codecs, fleet, methods, participation, partition, precision, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import TaciturnError
 from taciturn.experiment.config import read_fleet
@@ -44,6 +44,7 @@ __all__ = [
     "models",
     "participation",
     "partition",
+    "precision",
     "read_fleet",
     "recipe",
     "run",

@@ -1,8 +1,9 @@
 """What runs on a client: begin, step, collect. Pure functions without a client axis; the stacked engine adds it.
 
 Symbols: x [d] the model the client holds; y [d], v [p], b [q] its local shared parameters, personal parameters and
-tracked buffers; own = what it keeps between rounds {v, b, solver, tx, steps}; local = what it keeps within a round
-{solver: {y, v, ..}, b, start [d], done [], loss []}; key [] of this client; t [] its persistent step counter.
+tracked buffers; own = what it keeps between rounds {v, b, solver, tx, steps}, and the knobs that it is told in this one, if
+any {train [], send []}; local = what it keeps within a round {solver: {y, v, ..}, b, start [d], done [], loss [], knobs};
+key [] of this client; t [] its persistent step counter.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from taciturn.core.random import Key
 from taciturn.core.state import State, where
 from taciturn.core.types import Batch, Codec, Payload, Record, Solver, Split, Task
 from taciturn.core.vector import Kind, Layout, Vector
+from taciturn.precision.fake import lowered
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,13 @@ def begin(work: Work, start: Vector, own: State) -> State:
         "start": start,
         "done": torch.zeros_like(own["steps"]),
         "loss": start.new_zeros(()),
+        "knobs": own.get("knobs", {}),
     }
 
 
 def step(work: Work, held: State, local: State, batch: Batch, key: Key, lr_scale: Tensor) -> State:
-    """One local step: y, v, b and the sum of losses move on."""
-    split = work.split
+    """One local step: y, v, b and the sum of losses move on; the gradient is that at Q(y), Q(v) where bits are told."""
+    split, levels = work.split, local["knobs"].get("train")
     buffers: list[Tensor] = []
 
     def oracle(y: Vector, v: Vector, batch: Batch) -> tuple[Tensor, Vector, Vector]:
@@ -92,6 +95,7 @@ def step(work: Work, held: State, local: State, batch: Batch, key: Key, lr_scale
             return value, (value.detach(), split.buffers.flatten(params, local["b"].dtype).detach())
 
         views = split.layout.views(y), split.personal.views(v)
+        views = views if levels is None else (lowered(views[0], levels), lowered(views[1], levels))
         (g_y, g_v), (value, b) = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(*views)
         buffers.append(b)
         g = split.layout.flatten(g_y, y.dtype)
@@ -121,7 +125,7 @@ def collect(work: Work, local: State, u: Vector, own: State, key: Key) -> tuple[
     message = message if work.kind.trains is None else work.kind.trains.cut(message)
     origin = work.split.x0 if getattr(work.solver, "point", False) else None  # a point is sent as seen from x0
     message = message if origin is None else message - origin
-    payload, tx = work.codec.encode(message, work.mine(own["tx"]), key, layout=work.layout, knobs={})
+    payload, tx = work.codec.encode(message, work.mine(own["tx"]), key, layout=work.layout, knobs=own.get("knobs", {}))
     whole = torch.isfinite(local["solver"]["v"]).all()  # nobody else sees v: one that is lost is told as a lost loss
     loss = torch.where(whole, local["loss"] / local["done"].clamp(min=1), torch.nan)
     stats = {"loss": loss, "steps": local["done"].to(torch.int32)}

@@ -1,7 +1,7 @@
 """A method is a choice of parts; every field can be changed alone.
 
 what is shared x when to synchronise x how it is encoded, up and down x how clients train x how the server aggregates
-and steps x who takes part.
+and steps x who takes part x in which precision clients train and send.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from taciturn.core.types import (
 from taciturn.core.vector import Layout
 from taciturn.participation import all as everyone
 from taciturn.partition import full, twins
+from taciturn.precision import all as in_float32
+from taciturn.precision.policies import Policy
 from taciturn.server import sgd as server_sgd
 from taciturn.solvers import ditto, pfedme, scaffold, sgd
 from taciturn.sync import every
@@ -188,6 +190,7 @@ class Method:
     aggregator: Aggregator = weighted()
     server: ServerOptimizer = server_sgd()
     broadcast: Broadcast = Broadcast(identity())
+    precision: Policy = in_float32()
     batch_size: int = 32
 
     def __post_init__(self) -> None:

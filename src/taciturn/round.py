@@ -18,6 +18,7 @@ from taciturn.core.state import State
 from taciturn.core.types import LATE, OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
 from taciturn.core.vector import Layout, Vector
 from taciturn.method import Method
+from taciturn.precision.policies import knobs as knobs_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class RoundStats:
-    """What a round tells the record: per client [M]; what left-out clients failed of; what rule and aggregator saw."""
+    """What a round tells the record: per client [M]; what failed; what rule and aggregator saw; knobs told."""
 
     ids: Tensor
     loss: Tensor
@@ -54,6 +55,7 @@ class RoundStats:
     left_out: dict[int, str] = field(default_factory=dict)
     sync: dict[str, Any] = field(default_factory=dict)
     aggregate: dict[str, Any] = field(default_factory=dict)
+    knobs: dict[str, list[int]] = field(default_factory=dict)
 
 
 def start(x0: Vector, sizes: Tensor, method: Method, base: Layout = Layout((), ())) -> ServerState:
@@ -65,12 +67,13 @@ def start(x0: Vector, sizes: Tensor, method: Method, base: Layout = Layout((), (
     return ServerState(0, x0, *parts, merges=nothing)
 
 
-def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method, sync: State) -> tuple[Plan, Tensor]:
-    """Who does how much and counts how much: sizes [M] samples -> (plan, steps of each before the first look [M])."""
+def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method, sync: State, key: Key) -> tuple[Plan, Tensor]:
+    """Who does how much, in what precision, and counts how much: sizes [M] samples -> (plan, steps before a look [M])."""
     require(len(ids) > 0, "method.participation drew no client; at least one must take part")
     epoch_steps = (sizes + method.batch_size - 1) // method.batch_size
     limit, stride = method.sync.schedule(epoch_steps, sync)
-    return Plan(round, ids, epoch_steps, limit, method.aggregator.weigh(sizes), method.solver.schedule(round)), stride
+    weights, bits = method.aggregator.weigh(sizes), knobs_of(method.precision, ids, key)
+    return Plan(round, ids, epoch_steps, limit, weights, method.solver.schedule(round), bits), stride
 
 
 def train(engine: Engine, rule: SyncRule, sync: State, cast: Cast, plan: Plan, stride: Tensor) -> State:
@@ -88,7 +91,7 @@ def fed_round(
     server: ServerState, ids: Tensor, sizes: Tensor, method: Method, engine: Engine, split: Split, key: Key
 ) -> tuple[ServerState, RoundStats]:
     """Server state and a cohort -> the next server state. Errors: `AllClientsFailed`; the state is as before."""
-    plan, stride = plan_round(server.round, ids, sizes, method, server.sync)  # 1 work and weight of each client
+    plan, stride = plan_round(server.round, ids, sizes, method, server.sync, key)  # 1 work of each client
     down_key = fold(key, "broadcast")
     cast = method.broadcast.publish(  # 2 encode the model once for each kind, and what the base takes
         server.x, server.round, server.cast, split.layout, down_key, server.merges, split.kinds
@@ -108,7 +111,8 @@ def fed_round(
     x, opt = method.server.step(server.x, change.update, server.opt)  # 8 server optimizer (FedOpt)
     sync = method.sync.update(sync, plan, found, spent, change)  # 9 the rule's next threshold
     engine.commit(accepted)  # 10 accepted clients keep their new state
-    stats = replace(stats, sync=method.sync.tell(sync), aggregate=change.told)
+    knobs = {name: told.tolist() for name, told in plan.knobs.items()}
+    stats = replace(stats, sync=method.sync.tell(sync), aggregate=change.told, knobs=knobs)
     return ServerState(server.round + 1, x, opt, agg, sync, cast, change.merges), stats
 
 

@@ -20,6 +20,7 @@ PAIRED = {  # parts that stand only beside each other
     "admm": MEMORY | {"aggregator": {"name": "running", "update": "point"}},
     "scaffold": {"aggregator": "controlled"},
     "controlled": {"solver": "scaffold"},
+    "twins": {"solver": "ditto"},
 }
 
 
@@ -33,7 +34,7 @@ def test_recipes_survive_toml(name):
 def test_every_part_survives_toml():
     """Each part with its defaults, where it has defaults for all, in the place of its kind."""
     base = config.to_table(recipe("quickstart"))
-    kinds = ("partition", "participation", "sync", "solver", "codec", "aggregator", "server")
+    kinds = ("partition", "participation", "sync", "solver", "codec", "aggregator", "server", "precision")
     seen = 0
     for kind in kinds:
         for name in config.PARTS[kind]:

@@ -31,7 +31,8 @@ class quantize:
     zero, q = 2 s + 1 <= 255. Neither: 4 bits. A symbol costs log2(q) bits and what packing loses (docs/wire.md).
     scale: a norm for each "tensor" of the model, for each "block" of `block` values, or for each "channel" (first axis).
     norm: "max" (largest magnitude), "l2" (QSGD), "mean" (mean magnitude, for nearest rounding; values beyond it are cut).
-    Stateless; 4 bytes a segment and 1 more. A segment that is not finite arrives as NaN.
+    Stateless; 4 bytes a segment and 1 more. A segment that is not finite arrives as NaN. With a policy of `precision` that
+    sends, each client has bits of its own instead.
 
     omega for stochastic rounding, the exact supremum over u: with s = h and q odd, max norm (sqrt(1 + (d - 1) / s^2)
     - 1) / 2; l2 norm sqrt(d) / s - 1 for s <= sqrt(d) / 2, else d / (4 s^2). Source: Alistarh et al. 2017 (QSGD),
@@ -106,8 +107,13 @@ class quantize:
         return {}, {}
 
     def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
-        """u [d] -> {"codes": [d] uint8, "codes.radix": [] uint8, "steps": [S] float32}."""
+        """u [d] -> {"codes": [d] uint8, "codes.radix": [] uint8, "steps": [S] float32}.
+
+        The knob "send" [] gives this client its own levels of each sign; 0: those of the codec.
+        """
         radix = torch.tensor(self.symbols - 1, dtype=torch.uint8, device=u.device)
+        if "send" in knobs:
+            radix = torch.where(knobs["send"] > 0, 2 * knobs["send"], radix)
         nearest = self.rounding == "nearest"
         codes, steps = kernel.quantize(u.float(), key, radix, self._runs(layout), self.norm, nearest)
         return {"codes": codes, "codes.radix": radix, "steps": steps}, tx

@@ -53,7 +53,8 @@ class Split:
 class Plan:
     """What differs between the clients of a cohort, as data. Every tensor is [M], in the order of `ids`.
     epoch_steps: local steps of one pass over its data; limit: steps after which a client halts by itself; weights: what
-    it counts in the average; lr_scale: factor of the client learning rate in this round (a schedule).
+    it counts in the average; lr_scale: factor of the client learning rate in this round (a schedule); knobs: numbers that
+    each client is told (precision/policies.py).
     """
 
     round: int
@@ -62,6 +63,7 @@ class Plan:
     limit: Tensor
     weights: Tensor
     lr_scale: float = 1.0
+    knobs: State = field(default_factory=dict)
 
 
 OK, BAD_LOSS, BAD_UPDATE, LOST, LATE = range(5)
@@ -113,9 +115,7 @@ class Observations:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a client of the cohort spent on a round, in the mean: bytes `up` and `down` (without what is sent once), round
-    trips, and the seconds of one local step, by this machine's clock (0 before the first).
-    """
+    """A client's mean cost of a round: bytes (but for what is sent once), round trips, seconds of a step by this clock."""
 
     up: float = 0.0
     down: float = 0.0

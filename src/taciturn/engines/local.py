@@ -46,11 +46,14 @@ Share = Callable[[Tensor, Tensor], Tensor]  # ids [m], work [S, 3, m] -> what ea
 
 @dataclass
 class _Group:
-    """The clients of a block during a round. where: places in the plan; live: still training; sent: to the crew."""
+    """The clients of a block during a round. where: places in the plan; knobs: as told; live: still training; sent: to the
+    crew.
+    """
 
     where: Tensor
     ids: Tensor
     held: State
+    knobs: State
     live: Tensor
     kind: int = 0
     sent: bool = False
@@ -98,7 +101,8 @@ class LocalEngine:
         for kind, where in self._blocks(self._kinds(plan.round, plan.ids), order):
             ids = plan.ids[where]
             held = self._send("model", ids, cast, kind)
-            self._groups.append(_Group(where, ids, held, torch.ones(len(ids), dtype=torch.bool), kind))
+            knobs = self._told(ids, _rows(plan.knobs, where))
+            self._groups.append(_Group(where, ids, held, knobs, torch.ones(len(ids), dtype=torch.bool), kind))
         if signal and self.method.sync.observer != "server":  # else it goes with the first stride
             self._say(signal)
         self.crew.begin(self._held(cast), plan.round, plan.lr_scale, signal)
@@ -111,6 +115,12 @@ class LocalEngine:
             rows = {name: value.expand(int(live.sum()), *value.shape) for name, value in told.items()}
             rows |= {} if steps is None else {"steps": steps[live].to(torch.int32)}
             self.post.message("down", "monitor", self._plan.ids[live], rows)
+
+    def _told(self, ids: Tensor, knobs: State) -> State:
+        """Tell each client its numbers in the plan -> what a record of this round has beside its own."""
+        device = self.work.split.x0.device
+        told = self.post.message("down", "plan", ids, knobs) if knobs else {}
+        return {"knobs": {name: value.to(device) for name, value in told.items()}} if told else {}
 
     def _kinds(self, round: int, ids: Tensor) -> Tensor:
         """The kind of each client in a round [m]."""
@@ -194,7 +204,8 @@ class LocalEngine:
         if group.sent:
             return None
         group.sent = True
-        return Job(group.ids, group.held, self.store.read(group.ids), self._plan.limit[group.where], group.kind)
+        own = self.store.read(group.ids) | group.knobs
+        return Job(group.ids, group.held, own, self._plan.limit[group.where], group.kind)
 
     def collect(self) -> Iterator[Block]:
         """Upload, decode, check: one block after the other, so that a cohort need not fit in memory."""

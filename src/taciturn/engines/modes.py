@@ -40,6 +40,7 @@ from taciturn.engines.ray import workers as actors
 from taciturn.engines.store import ClientStore
 from taciturn.engines.train import Trainer
 from taciturn.method import Method
+from taciturn.precision.policies import trains
 from taciturn.wire.format import FRAME, Frame, Schema, pack, pack_schema, packed_bytes, unpack, unpack_schema
 
 ENGINES = ("auto", "loopback", "ray", "sequential", "stacked")
@@ -139,22 +140,22 @@ class Path:
     keep: int = field(default=0, repr=False, compare=False)
 
 
-def choose(name: str, work: Work, block: int | None, keep: int = 0) -> Path:
+def choose(name: str, work: Work, block: int | None, keep: int = 0, apart: str = "") -> Path:
     """The way to run: by the engine's name, the model's structure and its size. Errors: `UnknownName`.
 
-    keep: bytes for what frozen layers make of the samples (prefix.py).
+    keep: bytes for what frozen layers make of the samples (prefix.py). apart: why not layer by layer, if so.
     """
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES, "engine")
     require(block is None or block >= 1, f"block: at least 1 client; got {block}")
     if name == "ray":
-        return replace(choose("stacked", work, block, keep), name="ray")
+        return replace(choose("stacked", work, block, keep, apart), name="ray")
     if name in ("sequential", "loopback"):
         return Path(name, SINGLE, 1, "asked for")
     reason = work.task.sequential_only or _probe(work)
     if reason:
         return Path("sequential", SINGLE, 1, reason)
-    fused = fused_or_reason(work, keep)
+    fused = apart or fused_or_reason(work, keep)
     d = max(1, work.split.layout.d + work.split.personal.d)
     most = min(50, LAYER_VALUES // d) if isinstance(fused, Fused) else min(64, BLOCK_VALUES // d)
     size = block or max(1, most)
@@ -236,7 +237,7 @@ def build(
     client's update by its time.
     """
     require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
-    path = choose(name, work, block, keep)
+    path = choose(name, work, block, keep, "clients train on quantized weights" if trains(method.precision) else "")
     keep_freed_memory()
     wired, lift, split = path.name == "loopback", one if path.path == SINGLE else many, work.split
     clients = ClientStore(len(work.task.train.sizes))

@@ -30,8 +30,8 @@ CHUNK = 256  # samples of a client that are evaluated at once
 
 @dataclass(frozen=True)
 class Job:
-    """ids [m]; held: the model they hold; own: their records [m, ..]; limit [m] steps after which each halts, falling;
-    kind: of client, the same for all.
+    """ids [m]; held: the model they hold; own: their records [m, ..] with the knobs of this round; limit [m] steps after
+    which each halts, falling; kind: of client, the same for all.
     """
 
     ids: Tensor

@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from taciturn import aggregation, codecs, participation, partition, server, solvers, sync
+from taciturn import aggregation, codecs, participation, partition, precision, server, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, TaciturnError, unknown
 from taciturn.core.price import Price
@@ -52,6 +52,7 @@ PARTS: dict[str, dict[str, Part]] = {
     "codec": _exported(codecs),
     "aggregator": _exported(aggregation),
     "server": _exported(server),
+    "precision": _exported(precision),
     "data": _exported(data, "load"),
     "split": _exported(data, "assign"),
     "model": _exported(models),

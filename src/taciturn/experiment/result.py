@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from taciturn.core.errors import RunError
 from taciturn.core.state import write_atomic
 from taciturn.experiment.record import read_header, read_lines
+from taciturn.precision.fake import deployed
 
 
 def worst_decile(values: list[float], goal: str) -> float | None:
@@ -94,6 +95,12 @@ class Result:
         if self._model is None:
             raise RunError("this result was loaded from a folder; load its tensors: model.load_state_dict(result.tensors)")
         return self._model(self.tensors)
+
+    def quantized(self, bits: int) -> nn.Module:
+        """The model as it is deployed with so many bits a weight (precision/fake.py). Errors: as for `model`."""
+        model = self.model
+        model.load_state_dict(deployed(dict(model.named_parameters()), bits), strict=False)
+        return model
 
     def client(self, name: str) -> nn.Module:
         """The model of one client: shared and personal parameters, which are read from the run folder where there is one.

@@ -304,7 +304,7 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
         "simulated": simulated,
         "left_out": [{"client": names[i], "why": why} for i, why in stats.left_out.items()],
         "traffic": traffic,
-    }
+    } | ({"knobs": stats.knobs} if stats.knobs else {})
 
 
 # ------------------------------------------------------------------------------------------------- header, checkpoint

@@ -47,7 +47,7 @@ from taciturn.wire.packing import Raw, pack_symbols, unpack_symbols
 __all__ = ["FRAME", "KINDS", "Frame", "Schema", "nbytes", "pack", "pack_schema", "packed_bytes", "unpack", "unpack_schema"]
 
 VERSION = 2
-KINDS = ("schema", "setup", "model", "update", "monitor", "evaluate")
+KINDS = ("schema", "setup", "model", "update", "monitor", "evaluate", "plan")
 _HEADER = struct.Struct("<2sBBIIIIII")
 FRAME = _HEADER.size
 LARGEST = 1 << 28  # bytes of the tensors that `unpack` rebuilds, unless it is told to expect more

@@ -2,8 +2,9 @@
 
 A message has `payload` bytes (what the method's formulas count) and `frame` bytes (headers, checksums); what crosses
 the line is their sum. Directions: "up" (client to server), "down". Kinds: "setup" (schemas and sizes, once), "model",
-"update", "stats" (numbers that ride on an upload), "monitor" (mid-round checks), "evaluate". All counts are bytes. Local
-steps stand in the same book: with them it tells what each client did in each exchange of the round, evaluation apart.
+"update", "stats" (numbers that ride on an upload), "monitor" (mid-round checks), "plan" (a client's own numbers, such as
+its bits), "evaluate". All counts are bytes. Local steps stand in the same book: with them it tells what each client did in
+each exchange of the round, evaluation apart.
 """
 
 from __future__ import annotations

@@ -1,0 +1,204 @@
+"""Hybrid precision, after FedHQ (arXiv 2505.11982; the paper's own numbers cannot be verified): what its parts cost.
+
+Allocator: 300 random instances of up to 6 clients and 4 modes with masks, beside brute force; milliseconds of CPU time for
+1000 clients and 4 modes, median. Step: forward, backward, SGD, one thread; quantization-aware over float, median ratio
+of CPU seconds of steps that take turns: lean (weights of 4 bits, then 8-bit inputs too), and the same weights through
+`torch.fake_quantize_per_channel_affine`. Cost model: the closed form for the same weights, with rate and bandwidth measured
+here, 36 bytes a weight (operator after operator).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from bench.common import arguments, finish
+from taciturn.core import random
+from taciturn.engines.memory import keep_freed_memory
+from taciturn.precision import cost, fake
+from taciturn.precision.allocate import coarse, objective
+from taciturn.precision.modes import levels, mode
+
+BITS = 4
+LATER = "runs of whole federations with a clock of devices are not part of this benchmark yet"
+
+
+def instance(seed: int, clients: int, modes: int) -> tuple[Tensor, Tensor]:
+    """Times [s] with masks, and penalties: [clients, modes]; each client can run its first mode at least."""
+    key = random.key(seed)
+    times, penalties, mask = (random.uniform(random.fold(key, name), clients, modes).double() for name in "tdm")
+    return torch.where((mask < 0.3) & (torch.arange(modes) > 0), torch.inf, times), penalties
+
+
+def brute(times: Tensor, penalties: Tensor, lam: float) -> float:
+    """The least J of all assignments."""
+    clients, modes = times.shape
+    every = torch.tensor(list(itertools.product(range(modes), repeat=clients)))
+    return float((times.mT.gather(0, every).max(1).values + lam * penalties.mT.gather(0, every).sum(1)).min())
+
+
+def allocator() -> dict[str, float]:
+    """Instances that differ from brute force, and milliseconds for 1000 clients."""
+    wrong = 0
+    for seed in range(300):
+        times, penalties = instance(seed, 1 + seed % 6, 1 + seed % 4)
+        lam = 0.05 * (seed % 40)
+        found = coarse(times, penalties, lam, 1.0)
+        again = objective(times, penalties, found.modes, lam, 1.0)
+        wrong += abs(again.objective - brute(times, penalties, lam)) > 1e-12
+    times, penalties = instance(0, 1000, 4)
+    took = [timed(lambda: coarse(times, penalties, 1.0, 1.0)) for _ in range(30)]
+    return {"mismatches": wrong, "ms_1000_clients": median(took) * 1e3}
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """CPU seconds."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+class Encoder(nn.Module):
+    """Transformer encoder over vectors."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        block = nn.TransformerEncoderLayer(width, 6, 4 * width, dropout=0.0, batch_first=True)
+        self.body, self.head = nn.TransformerEncoder(block, layers, enable_nested_tensor=False), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, s, width] -> [b, 10]."""
+        return self.head(self.body(x).mean(1))
+
+
+def models(quick: bool) -> dict[str, tuple[nn.Module, Tensor, list[cost.Layer]]]:
+    """Model, input, and the layers whose weights are quantized."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mlp = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+        cnn = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, 10),
+        )  # fmt: skip
+        blocks = 2 if quick else 6
+        encoder = Encoder(blocks, 384)
+        rows = 16 * 64
+        attention = [cost.Layer(rows, 384, n) for n in (1152, 384, 1536)] + [cost.Layer(rows, 1536, 384)]
+        return {
+            "mlp": (mlp, torch.randn(32, 784), [cost.Layer(32, 784, 512), cost.Layer(32, 512, 512)]),
+            "cnn": (
+                cnn, torch.randn(32, 3, 32, 32), [cost.Layer(32 * 1024, 32, 64, 9), cost.Layer(32 * 256, 64, 128, 9)],
+            ),
+            "transformer": (encoder, torch.randn(16, 64, 384), attention * blocks),
+        }  # fmt: skip
+
+
+def library(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights through the library's own fake quantization."""
+    top, out = levels(BITS), {}
+    for name, w in tensors.items():
+        out[name] = w
+        if fake.applies(w.shape):
+            scale = w.detach().flatten(1).abs().amax(1) / top
+            out[name] = torch.fake_quantize_per_channel_affine(w, scale, torch.zeros_like(scale).int(), 0, -top, top)
+    return out
+
+
+def stepper(model: nn.Module, x: Tensor, way: str) -> Callable[[], None]:
+    """One training step: forward, backward, SGD."""
+    tensors = {name: t.detach().clone().requires_grad_() for name, t in model.named_parameters()}
+    target, bits = torch.arange(len(x)) % 10, torch.tensor(levels(BITS))
+
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
+        seen = tensors
+        if way == "library":
+            seen = library(tensors)
+        elif way != "float":  # as client.py: the gradient is taken at Q(w)
+            with torch.no_grad():
+                seen = {name: t.requires_grad_() for name, t in fake.lowered(tensors, bits).items()}
+        output = torch.func.functional_call(model, seen, (x,))
+        return F.cross_entropy(output, target), tensors if way == "library" else seen
+
+    def step() -> None:
+        if way == "inputs":
+            with fake.inputs(torch.tensor(127)):
+                value, seen = loss()
+        else:
+            value, seen = loss()
+        gradients = torch.autograd.grad(value, list(seen.values()))
+        with torch.no_grad():
+            for t, g in zip(tensors.values(), gradients, strict=True):
+                t.sub_(g, alpha=1e-4)
+
+    return step
+
+
+def turns(one: list[float], other: list[float]) -> float:
+    """Median ratio of two that took turns: what slows a machine for a while slows both."""
+    return median(a / b for a, b in zip(one, other, strict=True))
+
+
+def machine_rates() -> cost.Device:
+    """Rate of a float32 product of 512 and bandwidth of a copy of 1 MB, medians."""
+    a, big = torch.randn(512, 512), torch.randn(1 << 17)
+    out, copy = torch.empty_like(a), torch.empty_like(big)
+    product = median(timed(lambda: torch.mm(a, a, out=out)) for _ in range(30))
+    moved = median(timed(lambda: [copy.copy_(big) for _ in range(64)]) for _ in range(30)) / 64
+    return cost.Device({"float32": 2 * 512**3 / product}, 2 * 4 * len(big) / moved)
+
+
+def overheads(quick: bool) -> dict[str, dict[str, float]]:
+    """Step time over that of the float step, by model."""
+    device, found = machine_rates(), {}
+    for name, (model, x, layers) in models(quick).items():
+        steps = {way: stepper(model, x, way) for way in ("float", "lean", "inputs", "library")}
+        rounds = {"mlp": 400, "cnn": 40, "transformer": 24}[name] // (2 if quick else 1)
+        took: dict[str, list[float]] = {way: [] for way in steps}
+        for turn in range(rounds + 2):
+            for way, step in steps.items():
+                seconds = timed(step)
+                if turn >= 2:
+                    took[way].append(seconds)
+        plain = median(took["float"])
+        aware, without = (cost.step(layers, device, mode(m), moved=cost.EAGER) for m in (f"qat{BITS}", "float32"))
+        row = {f"{way} / float": turns(took[way], took["float"]) for way in ("lean", "inputs", "library")}
+        found[name] = {"float ms": plain * 1e3} | row | {"model of cost": aware / without}
+    return found
+
+
+def main() -> None:
+    """Run, print."""
+    quick = arguments(__doc__).quick
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as engines do
+    solved, rows = allocator(), overheads(quick)
+    table = Table("a training step", *next(iter(rows.values())), title=f"quantization-aware training, {BITS} bits")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:.2f}" for value in row.values()))
+    Console(width=120).print(table)
+    figures: dict[str, Any] = {
+        "allocator": solved,
+        "qat_overhead": {name: row["lean / float"] for name, row in rows.items()},
+        "qat_inputs_overhead": {name: row["inputs / float"] for name, row in rows.items()},
+        "library_qat_overhead": {name: row["library / float"] for name, row in rows.items()},
+        "cost_model_overhead": {name: row["model of cost"] for name, row in rows.items()},
+        "hybrid_vs_qat_time": None,
+        "hybrid_vs_ptq_time": None,
+        "deployed_minus_ptq_points": None,
+        "deployed_minus_qat_points": None,
+        "reason": LATER,
+    }
+    finish("fedhq", figures, quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""WHICH precision: bits of training and upload by client. Every exported name is a part for `[method.precision]`."""
+
+from taciturn.precision.policies import all, fixed, random
+
+__all__ = ["all", "fixed", "random"]

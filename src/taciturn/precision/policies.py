@@ -1,0 +1,112 @@
+"""Which client trains in which mode: rules that need no history. Client code sees the result as numbers, not as branches.
+
+Symbols: M clients of the cohort; ids [M]; n_m modes; knobs {name: [M] uint8}: "train", L of the weights in the forward pass
+(0: float), and "send", L of the upload where the codec quantizes (0: as it is set).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from taciturn.core.errors import require
+from taciturn.core.random import Key, fold, permutation
+from taciturn.core.state import State
+from taciturn.precision.modes import runnable
+
+
+class Policy(Protocol):
+    """WHICH precision."""
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes that clients may get."""
+        ...
+
+    def draw(self, ids: Tensor, key: Key) -> Tensor:
+        """Of each client of a cohort, the number of its mode: [M] int64."""
+        ...
+
+
+def knobs(policy: Policy, ids: Tensor, key: Key) -> State:
+    """What clients are told: of "train" and "send" those that differ from 0 for some mode; {} where all is float."""
+    found = runnable(policy.modes, "precision.modes")
+    table = {"train": [one.trained for one in found], "send": [one.sent for one in found]}
+    drawn = policy.draw(ids, fold(key, "precision")) if trains(policy) or sends(policy) else ids
+    return {name: torch.tensor(row, dtype=torch.uint8)[drawn] for name, row in table.items() if any(row)}
+
+
+def trains(policy: Policy) -> bool:
+    """True if some client's forward pass is quantized."""
+    return any(one.trained for one in runnable(policy.modes, "precision.modes"))
+
+
+def sends(policy: Policy) -> bool:
+    """True if some client's upload has bits of its own."""
+    return any(one.sent for one in runnable(policy.modes, "precision.modes"))
+
+
+@dataclass(frozen=True, slots=True)
+class all:
+    """Every client in the same mode. Errors: `UnknownName`."""
+
+    mode: str = "float32"
+
+    def __post_init__(self) -> None:
+        runnable((self.mode,), "precision.mode")
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The one."""
+        return (self.mode,)
+
+    def draw(self, ids: Tensor, key: Key) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(ids)
+
+
+@dataclass(frozen=True, slots=True)
+class fixed:
+    """Client i in mode modes[i mod n_m], in every round; one name for each client plays an allocation (allocate.py).
+
+    Errors: `UnknownName`.
+    """
+
+    modes: tuple[str, ...] = ("ptq8", "qat8")
+
+    def __post_init__(self) -> None:
+        runnable(self.modes, "precision.modes")
+
+    def draw(self, ids: Tensor, key: Key) -> Tensor:
+        """i mod n_m."""
+        return ids % len(self.modes)
+
+
+@dataclass(frozen=True, slots=True)
+class random:
+    """In each round a random part of the cohort in each mode: round(M share) clients, up to rounding of the sums.
+
+    share: of each mode, positive, of sum 1; equal unless given. Errors: `UnknownName`, `ConfigError`.
+    """
+
+    modes: tuple[str, ...] = ("ptq8", "qat8")
+    share: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        runnable(self.modes, "precision.modes")
+        share = self.share or ()
+        good = len(share) == len(self.modes) and min(share) > 0 and abs(sum(share) - 1) < 1e-6
+        require(
+            self.share is None or good,
+            f"precision.share: a positive number for each of {len(self.modes)} modes, 1 in all; got {self.share}",
+        )
+
+    def draw(self, ids: Tensor, key: Key) -> Tensor:
+        """Places in a random order, cut at M times the running sum of the shares."""
+        n = len(self.modes)
+        share = torch.tensor(self.share or [1 / n] * n, dtype=torch.float64)
+        edges = (len(ids) * share.cumsum(0)[:-1]).round()
+        return torch.bucketize(permutation(key, len(ids)), edges, right=True)
