@@ -83,6 +83,7 @@ taciturn.run(experiment(rounds=40), out=folder, resume=(folder / "run.json").exi
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_and_resumed(tmp_path):
     """kill -9 again and again; the run that comes out is the undisturbed one, bit for bit."""
     whole = taciturn.run(experiment(rounds=40), out=tmp_path / "whole")

@@ -137,7 +137,7 @@ def test_between_the_fixed_intervals_that_bound_it(pace, engine):
         assert all(torch.equal(a.steps, b.steps) for a, b in zip(stats, fixed_stats, strict=True))
 
 
-@pytest.mark.parametrize("pace", ["own", "longest"])
+@pytest.mark.parametrize("pace", ["own", pytest.param("longest", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("monitor", ["naive", "linear", "sketch", "exact", "local"])
 def test_the_published_rule_begins_with_one_block_and_stays_within_its_bounds(monitor, pace):
     task = make_task()

@@ -110,12 +110,20 @@ def test_without_dual_and_penalty_the_client_is_fedalt():
 # --------------------------------------------------------------------------------------------------------------- laws
 
 
-@pytest.mark.parametrize("codec", [codecs.identity(), codecs.quantize4(), codecs.top_k(share=0.4)], ids=repr)
-@pytest.mark.parametrize("engine", ["sequential", "stacked"])
+@pytest.mark.parametrize(
+    ("codec", "engine"),
+    [
+        (codecs.identity(), "stacked"),
+        (codecs.quantize4(), "stacked"),
+        (codecs.quantize4(), "sequential"),
+        (codecs.top_k(share=0.4), "stacked"),
+    ],
+    ids=str,
+)
 def test_the_duals_balance_whatever_is_lost(codec, engine):
     """sum_i [p_i + rho (u_i - x)] = 0 after every aggregation: half of the clients, lost uploads, lossy codecs."""
     run = Federated(PROBLEM, admm(codec=codec), lose=lost, name=engine)
-    for _ in range(30):
+    for _ in range(20):
         run.round()
         assert invariant(run) <= 1e-12
 
@@ -159,6 +167,7 @@ def test_the_lagrangian_falls_under_the_stated_rho_and_sigma(count):
     assert violations(run, 6)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_small_rho_loses_monotone_descent_and_gets_there_sooner():
     u = PROBLEM.optimum()[0]
     small, safe = Federated(PROBLEM, exact(count=N, below=30.0)), Federated(PROBLEM, exact(count=N))
@@ -207,7 +216,7 @@ def test_converges_with_half_of_the_clients_lost_uploads_and_four_bits():
     assert (run.server.x - u).norm() < 1e-4 and (own["v"] - v).norm() < 1e-3 and own["p"].sum(0).norm() < 1e-3
 
 
-@pytest.mark.parametrize("codec", [codecs.identity(), codecs.quantize8()], ids=repr)
+@pytest.mark.parametrize("codec", [codecs.identity(), pytest.param(codecs.quantize8(), marks=pytest.mark.slow)], ids=repr)
 def test_rho_is_found_from_the_steps_and_the_end_is_the_optimum(codec):
     """For steps that hardly bend, rho lr K |g + p| = BALANCE |g + p|, whatever it began with; all clients, some unheard."""
     run = Federated(PROBLEM, admm(rho="auto", codec=codec, count=N), lose=lambda r, i: r % 7 == 0 and i == 2)
