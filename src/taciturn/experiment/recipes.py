@@ -73,10 +73,11 @@ def mnist_fda(path: str) -> Experiment:
 def hybrid_fleet(path: str) -> Experiment:
     """MNIST-5k on 24 unlike devices for a model of 3 bits: who has time trains quantization-aware, slow ones do not."""
     task = TaskSpec(data.mnist5k(clients=24, split=data.dirichlet(alpha=0.3, min_partition_size=10)), mlp(hidden=(100,)))
-    method = Method(participation=participation.uniform(count=12), solver=solvers.sgd(lr=0.1), sync=sync.every(epochs=2))
+    method = Method(participation=participation.uniform(count=8), solver=solvers.sgd(lr=0.1), sync=sync.every(epochs=2))
     codec = error_feedback(quantize(bits=3, rounding="nearest", scale="channel"))
-    method = method.replace(codec=codec, precision=precision.coarse(modes=("ptq3", "qat3")), batch_size=20)
-    return Experiment(task, method, rounds=40, name="hybrid-fleet", fleet="mixed")
+    method = method.replace(codec=codec, broadcast=Broadcast(quantize8("block")), batch_size=20)
+    method = method.replace(precision=precision.coarse(modes=("ptq3", "qat3")))
+    return Experiment(task, method, rounds=25, name="hybrid-fleet", fleet="mixed", checkpoint_every=5)
 
 
 def fashion(path: str) -> Experiment:

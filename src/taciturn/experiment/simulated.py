@@ -68,8 +68,8 @@ class Times:
         }
 
 
-def one_step(work: Work, batch_size: int) -> Callable[[], object]:
-    """A local step of the largest client, to be run: forward, backward and the solver."""
+def one_step(work: Work, batch_size: int, knobs: State | None = None) -> Callable[[], object]:
+    """A local step of the largest client, to be run: forward, backward and the solver. knobs: that it was told."""
     split, sizes = work.split, work.task.train.sizes
     largest = int(sizes.argmax())
     samples = torch.arange(min(batch_size, int(sizes[largest]))).unsqueeze(0)
@@ -77,7 +77,7 @@ def one_step(work: Work, batch_size: int) -> Callable[[], object]:
     batch: Batch = {name: tensor[0] for name, tensor in found.items()}
     batch["mask"] = torch.ones(samples.shape[1], dtype=torch.bool, device=split.x0.device)
     held = {"x": split.x0} | ({"base": split.base.views(split.x0.new_zeros(split.base.d))} if split.base.names else {})
-    local = client.begin(work, split.x0, work.newcomer())
+    local = client.begin(work, split.x0, work.newcomer() | {"knobs": knobs or {}})
     lr_scale = torch.ones((), dtype=split.x0.dtype, device=split.x0.device)
     key = random.key(0, split.x0.device)
     return lambda: client.step(work, held, local, batch, key, lr_scale)
