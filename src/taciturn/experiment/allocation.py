@@ -69,7 +69,7 @@ def labels(task: BuiltTask) -> Tensor:
     for i, size in enumerate(train.sizes.tolist()):
         for index in torch.split(torch.arange(size), AT_ONCE):
             target = train.fetch(torch.tensor([i]), index.unsqueeze(0), random.key(0).expand(1))["target"][0]
-            if target.is_floating_point() or target.dim() != 1:
+            if classes < 2 or target.is_floating_point() or target.dim() != 1:
                 return counts
             counts[i] += torch.bincount(target.cpu(), minlength=classes)
     return counts

@@ -47,12 +47,7 @@ def told(policy: Policy) -> State:
 
 def trains(policy: Policy) -> bool:
     """True if some client's forward pass is quantized."""
-    return any(one.trained for one in runnable(policy.modes, "precision.modes"))
-
-
-def sends(policy: Policy) -> bool:
-    """True if some client's upload has bits of its own."""
-    return any(one.sent for one in runnable(policy.modes, "precision.modes"))
+    return "train" in told(policy)
 
 
 def deployed_bits(policy: Policy) -> int:
