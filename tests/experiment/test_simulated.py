@@ -112,7 +112,7 @@ def test_a_client_that_was_late_is_as_if_it_had_not_been_drawn():
     task = Task(Net, make_federation()).build(0)
     late = [1, 4]
 
-    def share(ids, work):
+    def share(ids, work, knobs):
         return torch.isin(ids, torch.tensor(late), invert=True).double()
 
     method = METHOD.replace(participation=participation.all())

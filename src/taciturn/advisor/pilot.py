@@ -100,7 +100,7 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
             '"mean") of what it finds is what admm takes'
         )
     run = prepare(experiment.replace(method=experiment.method.encoded(identity()), evaluate_on="train"))
-    work, sizes, method, key = run.work, run.task.train.sizes, run.experiment.method, run.key
+    work, sizes, method, key = run.work, run.task.train.sizes, run.method, run.key
     if work.split.kinds:
         raise MethodError(
             "advise: clients of this partition work on unlike parts of x, or on one that changes by rounds, "
@@ -148,7 +148,7 @@ def _draws(d: int, clients: int, messages: int) -> int:
 
 def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, tuple[float, float], int]:
     """-> models along the way, server, seconds of the fastest round, bytes of a client in the last (up, down), cohort."""
-    server, sizes, method = run.server, run.task.train.sizes, run.experiment.method
+    server, sizes, method = run.server, run.task.train.sizes, run.method
     path, seconds, cohort, kinds = [server.x], [], 0, {}
     for r in range(rounds):
         key = random.fold(run.key, "round", r)

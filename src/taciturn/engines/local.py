@@ -41,7 +41,8 @@ from taciturn.engines.train import Job, Lift, Upload
 from taciturn.method import Method
 
 Lose = Callable[[int, int], bool]  # round, client -> its upload is lost
-Share = Callable[[Tensor, Tensor], Tensor]  # ids [m], work [S, 3, m] -> what each counts for its time [m]; 0: too late
+# ids [m], work [S, 3, m], knobs as told -> what each counts for its time [m]; 0: too late
+Share = Callable[[Tensor, Tensor, State], Tensor]
 
 
 @dataclass
@@ -245,7 +246,7 @@ class LocalEngine:
         """What each client of a block counts because of the time it took [m]; 0: its answer is too late."""
         if self._share is None:
             return torch.ones(len(group.ids))
-        return self._share(group.ids, self.post.ledger.work(group.ids))
+        return self._share(group.ids, self.post.ledger.work(group.ids), group.knobs.get("knobs", {}))
 
     def _receive(self, group: _Group, payload: Payload, stats: Record, upload: Upload) -> Block:
         """The server's half: decode, and set aside what is not finite (0 x NaN is NaN, so rows are zeroed)."""
@@ -262,9 +263,7 @@ class LocalEngine:
         status = torch.full((len(group.ids),), OK)
         status[~finite] = BAD_UPDATE
         status[~torch.isfinite(stats["loss"])] = BAD_LOSS
-        share = (
-            torch.ones(len(group.ids)) if self._share is None else self._share(group.ids, self.post.ledger.work(group.ids))
-        )
+        share = self._in_time(group)
         status[share == 0] = LATE
         status[self._lost(group)] = LOST
         self.post.acknowledge(group.ids[status < LOST], self._cast)

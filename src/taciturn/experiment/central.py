@@ -1,8 +1,6 @@
-"""The server's model on the server's test set. Symbols: x [d]; S test samples."""
+"""The server's model on the server's test set, as it is and as it is deployed. Symbols: x [d]; S test samples."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from taciturn.client import Work
 from taciturn.core.state import State
 from taciturn.core.types import Batch, Clients
 from taciturn.engines.frozen import Evaluated
+from taciturn.precision.fake import deployed
 from taciturn.tasks.built import BuiltTask
 
 AT_ONCE = 1024  # samples
@@ -24,21 +23,28 @@ class Central:
         self._task, self._work, self._data = task, work, data
         self._frozen = Evaluated.build(work, task.evaluated, data, keep)
 
-    def __call__(self, held: State) -> dict[str, float]:
-        """What a receiver of the model would hold -> {"accuracy": .., "loss": ..}."""
+    def __call__(self, held: State, bits: int = 0) -> dict[str, float]:
+        """What a receiver of the model would hold -> {"accuracy": .., "loss": ..}. bits: of every weight, as in
+        `Result.quantized`; 0: float.
+        """
         split, x = self._work.split, held["x"]
         views = split.layout.views(x), split.personal.views(split.v0), split.buffers.views(split.b0)
         params = self._work.params(held, *views)
+        if bits:
+            params |= deployed({name: params.get(name, p) for name, p in self._task.model.named_parameters()}, bits)
+        frozen = None if bits else self._frozen  # frozen weights are quantized too
         total: dict[str, float] = {}
         for index in torch.split(torch.arange(int(self._data.sizes[0])), self._task.at_once(AT_ONCE)):
             batch: Batch = {name: t[0] for name, t in self._data.fetch(_SERVER, index.unsqueeze(0)).items()}
             batch["mask"] = torch.ones(len(index), dtype=torch.bool, device=x.device)
-            for name, value in self._measure(params, batch, index).items():
+            for name, value in self._measure(params, batch, index, frozen).items():
                 total[name] = total.get(name, 0.0) + float(value)
         return self._task.pool(total)
 
-    def _measure(self, params: dict[str, Tensor], batch: Batch, index: Tensor) -> dict[str, Any]:
-        if self._frozen is None:
+    def _measure(
+        self, params: dict[str, Tensor], batch: Batch, index: Tensor, frozen: Evaluated | None
+    ) -> dict[str, Tensor]:
+        if frozen is None:
             return self._task.measure(params, batch)
         with torch.no_grad():
-            return self._task.sums(self._frozen(params, batch, index), batch)
+            return self._task.sums(frozen(params, batch, index), batch)

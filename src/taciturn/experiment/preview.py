@@ -33,7 +33,7 @@ def preview(experiment: Experiment) -> dict[str, Any]:
     a client owns.
     """
     run = prepare(experiment)
-    method, sizes, split = experiment.method, run.task.train.sizes, run.work.split
+    method, sizes, split = run.method, run.task.train.sizes, run.work.split
     key, ids = run.draw(0)
     with closing(run.engine.crew):
         _, stats = fed_round(run.server, ids, sizes[ids], method, run.engine, split, key)

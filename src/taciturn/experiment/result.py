@@ -33,14 +33,20 @@ def worst_decile(values: list[float], goal: str) -> float | None:
 
 
 def summarize(header: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last known figures of a run: metric, loss, worst decile of clients, bytes, rounds, seconds, simulated ones."""
+    """The last known figures of a run: metric, loss, worst decile of clients, bytes, rounds, seconds, simulated ones.
+
+    Where the method's precision has bits also "{metric}_deployed", of the model with weights of so few bits (the fewest of
+    its modes); None where the metric is measured on the clients' own data.
+    """
     name, goal = header["metric"]["name"], header["metric"]["goal"]
     last = lines[-1] if lines else {}
     measured: dict[str, float] = next((line["metrics"] for line in reversed(lines) if line.get("metrics")), {})
     spread = next((line["spread"] for line in reversed(lines) if line.get("spread")), None)
+    deployed: dict[str, float] = next((line["deployed"] for line in reversed(lines) if line.get("deployed")), {})
     return {
         "name": header["name"],
         **measured,
+        **({f"{name}_deployed": deployed.get(name)} if header.get("deployed_bits") else {}),
         "metric": name,
         "worst_decile": worst_decile(spread[name], goal) if spread else None,
         "bytes_up": last.get("bytes_up", 0),

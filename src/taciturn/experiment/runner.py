@@ -7,11 +7,9 @@ is read from run.json on resume, so a resumed run ends in the same bits.
 from __future__ import annotations
 
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,13 +28,17 @@ from taciturn.core.types import Cast
 from taciturn.core.vector import Kind
 from taciturn.engines import LocalEngine, build
 from taciturn.engines.modes import Path as EnginePath
+from taciturn.experiment.allocation import allocated
 from taciturn.experiment.central import Central
 from taciturn.experiment.config import to_table, to_toml
 from taciturn.experiment.experiment import Callback, Experiment
+from taciturn.experiment.interrupts import interrupts
 from taciturn.experiment.record import FORMAT, RunFolder
 from taciturn.experiment.result import Result
 from taciturn.experiment.simulated import Times
 from taciturn.experiment.snapshot import server_of, server_record
+from taciturn.method import Method
+from taciturn.precision.policies import deployed_bits
 from taciturn.round import RoundStats, ServerState, fed_round, start
 from taciturn.tasks.built import BuiltTask
 
@@ -53,9 +55,10 @@ MAY_DIFFER = (
 
 @dataclass
 class _Run:
-    """A run in progress: static parts first, then what moves from round to round."""
+    """A run in progress: static parts first, then what moves from round to round. method: with a policy that is played."""
 
     experiment: Experiment
+    method: Method
     task: BuiltTask
     work: Work
     engine: LocalEngine
@@ -75,7 +78,7 @@ class _Run:
     def draw(self, round: int) -> tuple[Tensor, Tensor]:
         """The round's key, and its cohort, of those whose device can be reached."""
         key = random.fold(self.key, "round", round)
-        return key, self.experiment.method.participation.draw(round, key, self.times.clock.reachable(key))
+        return key, self.method.participation.draw(round, key, self.times.clock.reachable(key))
 
 
 def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faults: Any) -> _Run:
@@ -89,7 +92,8 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     if header is not None:  # the path and the blocks were chosen when the run began
         name, block, least = (header["engine"].get(part) for part in ("name", "block", "least"))
     times = Times.of(experiment, work, key)
-    faults |= {"share": times.clock.share} if experiment.deadline is not None else {}
+    method = allocated(method, work, task, times, key)
+    faults |= {"share": times.share} if experiment.deadline is not None else {}
     engine, path = build(name, work, method, key, block=block, least=least, workers=experiment.workers, keep=keep, **faults)
     if header is not None and path.path != header["engine"]["path"]:
         raise RunError(
@@ -98,7 +102,7 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
         )
     central = None if task.data.central is None else Central(task, work, task.data.central, keep)
     server = start(split.x0, task.train.sizes, method, split.base)
-    run = _Run(experiment, task, work, engine, path, key, times, server, central, [])
+    run = _Run(experiment, method, task, work, engine, path, key, times, server, central, [])
     if run.from_clients:
         _evaluated_ids(run)  # an error now is better than one after training
     return run
@@ -141,7 +145,7 @@ def run(
 def _loop(run: _Run, header: dict[str, Any], folder: RunFolder | None, callbacks: Sequence[Callback]) -> Result:
     experiment, began = run.experiment, time.perf_counter() - run.seconds
     stopped = _stop_reason(run)
-    with closing(run.engine.crew), _interrupts() as interrupted:
+    with closing(run.engine.crew), interrupts() as interrupted:
         while not stopped:
             try:
                 stats = _round(run)
@@ -174,29 +178,10 @@ class Interrupted(KeyboardInterrupt):
         self.result = result
 
 
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the round finish; the second ends at once. Only the main thread can listen."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def handler(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: bool(caught)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _round(run: _Run) -> RoundStats:
     key, ids = run.draw(run.server.round)
     sizes, split = run.task.train.sizes[ids], run.work.split
-    run.server, stats = fed_round(run.server, ids, sizes, run.experiment.method, run.engine, split, key)
+    run.server, stats = fed_round(run.server, ids, sizes, run.method, run.engine, split, key)
     return stats
 
 
@@ -236,7 +221,7 @@ def _evaluated_ids(run: _Run) -> Tensor:
 def _cast(run: _Run) -> Cast:
     """The model as it would be broadcast now; the next round sends this very cast, unless an average is evaluated."""
     server, key = run.server, random.fold(random.fold(run.key, "round", run.server.round), "broadcast")
-    broadcast, split = run.experiment.method.broadcast, run.work.split
+    broadcast, split = run.method.broadcast, run.work.split
     if server.model is not server.x:
         cast = broadcast.publish(server.model, server.round, None, split.layout, key, kinds=split.kinds)
         version = server.cast.version + 1 if server.cast else 0  # newer than what any client holds
@@ -271,7 +256,7 @@ def _evaluate_clients(run: _Run) -> tuple[dict[str, float], dict[str, Any]]:
 def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
     """Evaluate where it is due; -> the round's line of the record."""
     experiment, names = run.experiment, run.task.train.names
-    done, metrics, spread = run.server.round, None, None
+    done, metrics, spread, deployed, bits = run.server.round, None, None, None, deployed_bits(experiment.method.precision)
     due = last or done % experiment.evaluate_every == 0
     every = experiment.evaluate_clients_every
     held_out = run.from_clients or getattr(run.task.data, experiment.evaluate_on, None) is not None
@@ -280,6 +265,7 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
     if due and not run.from_clients:
         assert run.central is not None
         metrics = run.central(_held(run))
+        deployed = run.central(_held(run), bits) if bits else None
     before: dict[str, Any] = run.history[-1] if run.history else {"bytes_up": 0, "bytes_down": 0, "bytes_evaluate": 0}
     simulated = run.times.round(stats, run.engine.post.ledger, before.get("simulated", {}).get("total", 0.0))
     traffic = run.engine.post.ledger.close_round()
@@ -287,24 +273,28 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
     spent = {way: sum(e["payload"] + e["frame"] for k, e in traffic["by_kind"].items()
                       if k.startswith(way) and not k.endswith("/evaluate")) for way in ("up", "down")}  # fmt: skip
     good = [loss for loss, i in zip(stats.loss.tolist(), stats.ids.tolist(), strict=True) if i not in stats.left_out]
-    return {
-        "round": done,
-        "loss": sum(good) / len(good),
-        "seconds": run.seconds,
-        "bytes_up": before["bytes_up"] + spent["up"],
-        "bytes_down": before["bytes_down"] + spent["down"],
-        "bytes_evaluate": before["bytes_evaluate"] + evaluation,
-        "metrics": metrics,
-        "spread": spread,
-        "steps": float(stats.steps.to(torch.float64).mean()),
-        "longest": int(stats.steps.max()),
-        "sync": stats.sync,
-        "aggregate": stats.aggregate,
-        "cohort": stats.ids.tolist(),
-        "simulated": simulated,
-        "left_out": [{"client": names[i], "why": why} for i, why in stats.left_out.items()],
-        "traffic": traffic,
-    } | ({"knobs": stats.knobs} if stats.knobs else {})
+    return (
+        {
+            "round": done,
+            "loss": sum(good) / len(good),
+            "seconds": run.seconds,
+            "bytes_up": before["bytes_up"] + spent["up"],
+            "bytes_down": before["bytes_down"] + spent["down"],
+            "bytes_evaluate": before["bytes_evaluate"] + evaluation,
+            "metrics": metrics,
+            "spread": spread,
+            "steps": float(stats.steps.to(torch.float64).mean()),
+            "longest": int(stats.steps.max()),
+            "sync": stats.sync,
+            "aggregate": stats.aggregate,
+            "cohort": stats.ids.tolist(),
+            "simulated": simulated,
+            "left_out": [{"client": names[i], "why": why} for i, why in stats.left_out.items()],
+            "traffic": traffic,
+        }
+        | ({"knobs": stats.knobs} if stats.knobs else {})
+        | ({"deployed": deployed} if bits else {})
+    )
 
 
 # ------------------------------------------------------------------------------------------------- header, checkpoint
@@ -333,6 +323,7 @@ def _header(run: _Run) -> dict[str, Any]:
         "measured_on": measured if run.from_clients else "the server's test set",
         "target": run.experiment.target,
         "note": run.task.data.note,
+        "deployed_bits": deployed_bits(run.experiment.method.precision),
         "fleet": run.times.facts(),
     }
 

@@ -50,6 +50,15 @@ class Device:
     down: float = math.inf
 
 
+def quantizing(values: int, bandwidth: float, moved: float = FUSED) -> float:
+    """q: seconds of fake-quantizing so many values once, at bandwidth [bytes/s].
+
+    >>> quantizing(1000, 12e9)
+    1e-06
+    """
+    return moved * values / bandwidth
+
+
 def step(layers: Sequence[Layer], device: Device, mode: Mode, inputs: bool = False, moved: float = FUSED) -> float:
     """Seconds of a training step. inputs: activations are quantized too. Errors: `ConfigError` without the dtype's rate."""
     dtype = "bfloat16" if mode.train == "bfloat16" else "float32"
@@ -60,7 +69,7 @@ def step(layers: Sequence[Layer], device: Device, mode: Mode, inputs: bool = Fal
         bytes_ = 3.0 * size * (layer.rows * (layer.inputs + layer.outputs) + layer.weights)
         total += max(flops / rate, bytes_ / device.bandwidth) + layer.operators * device.overhead
         if mode.trained:
-            total += moved * (layer.weights + layer.rows * layer.inputs * inputs) / device.bandwidth
+            total += quantizing(layer.weights + layer.rows * layer.inputs * inputs, device.bandwidth, moved)
     return total
 
 

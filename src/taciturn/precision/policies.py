@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from taciturn.core.errors import require
+from taciturn.core.errors import ConfigError, require
 from taciturn.core.random import Key, fold, permutation
 from taciturn.core.state import State
 from taciturn.precision.modes import runnable
@@ -33,20 +33,26 @@ class Policy(Protocol):
 
 def knobs(policy: Policy, ids: Tensor, key: Key) -> State:
     """What clients are told: of "train" and "send" those that differ from 0 for some mode; {} where all is float."""
+    table = told(policy)
+    drawn = policy.draw(ids, fold(key, "precision")) if table else ids
+    return {name: row[drawn] for name, row in table.items()}
+
+
+def told(policy: Policy) -> State:
+    """The knobs of each mode: {name: [n_m] uint8}, those that differ from 0 for some mode."""
     found = runnable(policy.modes, "precision.modes")
     table = {"train": [one.trained for one in found], "send": [one.sent for one in found]}
-    drawn = policy.draw(ids, fold(key, "precision")) if trains(policy) or sends(policy) else ids
-    return {name: torch.tensor(row, dtype=torch.uint8)[drawn] for name, row in table.items() if any(row)}
+    return {name: torch.tensor(row, dtype=torch.uint8) for name, row in table.items() if any(row)}
 
 
 def trains(policy: Policy) -> bool:
     """True if some client's forward pass is quantized."""
-    return any(one.trained for one in runnable(policy.modes, "precision.modes"))
+    return "train" in told(policy)
 
 
-def sends(policy: Policy) -> bool:
-    """True if some client's upload has bits of its own."""
-    return any(one.sent for one in runnable(policy.modes, "precision.modes"))
+def deployed_bits(policy: Policy) -> int:
+    """Bits of the model that is deployed: the fewest of the modes that have some; 0 where all are float."""
+    return min((one.bits for one in runnable(policy.modes, "precision.modes") if one.bits), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,32 @@ class fixed:
     def draw(self, ids: Tensor, key: Key) -> Tensor:
         """i mod n_m."""
         return ids % len(self.modes)
+
+
+@dataclass(frozen=True, slots=True)
+class coarse:
+    """One mode for each client for the whole run, decided before it: the least J = max_k T_k / T_ref + lam sum_k d_k.
+
+    T_k [s]: the round of client k on the run's fleet, predicted; T_ref: the longest with all in float32; d_k: the penalty
+    a_k (1 + kappa h_k) gap of penalty.py, at its prior. lam: how many T_ref a penalty of 1 is worth; 0: the shortest round,
+    and of all such the least penalty. After FedHQ (arXiv 2505.11982), its coarse stage: the idea; the formulas are ours.
+    h_k needs a histogram of labels from each client, whose bytes are not counted yet; without classes h_k = 0.
+    Errors: `UnknownName`, `ConfigError`.
+    """
+
+    modes: tuple[str, ...] = ("ptq3", "qat3")
+    lam: float = 1.0
+    kappa: float = 1.0
+
+    def __post_init__(self) -> None:
+        runnable(self.modes, "precision.modes")
+        for name in ("lam", "kappa"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), f"precision.{name}: a number of at least 0; got {value}")
+
+    def draw(self, ids: Tensor, key: Key) -> Tensor:
+        """Errors: `ConfigError`; an experiment plays the allocation as `fixed` (experiment/allocation.py)."""
+        raise ConfigError("precision = coarse is decided from the fleet and data of an experiment: use taciturn.run")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from taciturn.report.adapters import adapter_figures
 from taciturn.report.consensus import consensus_figures
 from taciturn.report.drift import drift_figures, sync_facts
 from taciturn.report.figures import figures
+from taciturn.report.modes import mode_figures
 from taciturn.report.plot import Figure
 from taciturn.report.read import Run, read_run
 from taciturn.report.tables import (
@@ -68,6 +69,7 @@ def render(runs: Sequence[Run], target: float | None = None) -> str:
     plots = (
         figures(groups, goal)
         + timeline_figures(groups)
+        + mode_figures(groups)
         + drift_figures(groups)
         + adapter_figures(groups)
         + consensus_figures(groups)

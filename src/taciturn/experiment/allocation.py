@@ -1,0 +1,79 @@
+"""Who trains in which mode, decided before the first round: times of the run's clock against penalties of the data.
+
+    T_k(m) = bytes down / down + steps (step + extra 1{qat}) + bytes up(m) / up + latency
+
+with the bytes of a round's messages, headers included, without what is sent once; steps: those that the sync rule plans
+for the client, at most. It is a function of the experiment alone, so a resumed run finds the same. After FedHQ (arXiv
+2505.11982), its coarse stage: the idea; the formulas are ours.
+
+Symbols: N clients; n_m modes; C classes; T [N, n_m] seconds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from taciturn.client import Work
+from taciturn.core import random
+from taciturn.core.payload import nbytes
+from taciturn.core.random import Key
+from taciturn.core.state import State
+from taciturn.core.types import Payload
+from taciturn.experiment.simulated import Times
+from taciturn.method import Method
+from taciturn.precision import allocate, coarse, fixed
+from taciturn.precision.modes import runnable
+from taciturn.precision.penalty import divergence, penalties
+from taciturn.precision.policies import told
+from taciturn.tasks.built import BuiltTask
+from taciturn.wire.format import FRAME
+
+AT_ONCE = 1024  # samples whose labels are read
+
+
+def allocated(method: Method, work: Work, task: BuiltTask, times: Times, key: Key) -> Method:
+    """The method with a policy that can be played: `coarse` becomes `fixed`, one mode a client. key: of the run."""
+    policy, sizes = method.precision, task.train.sizes
+    if not isinstance(policy, coarse):
+        return method
+    modes = runnable(policy.modes, "precision.modes")
+    table = told(policy)
+    each = [{name: row[place] for name, row in table.items()} for place in range(len(modes))]
+    plain = {name: torch.zeros_like(row[0]) for name, row in table.items()}
+    *seconds, reference = (predicted(method, work, sizes, times, key, knobs) for knobs in (*each, plain))
+    cost = penalties(method.aggregator.weigh(sizes), divergence(labels(task)), modes, kappa=policy.kappa)
+    found = allocate.coarse(torch.stack(seconds, 1), cost, policy.lam, float(reference.max()))
+    return method.replace(precision=fixed(tuple(policy.modes[i] for i in found.modes.tolist())))
+
+
+def predicted(method: Method, work: Work, sizes: Tensor, times: Times, key: Key, knobs: State) -> Tensor:
+    """T(m) [N] of every client, if all were told these knobs of a mode {name: []}."""
+    split, ids = work.split, torch.arange(len(sizes))
+    steps, _ = method.sync.schedule((sizes + method.batch_size - 1) // method.batch_size, method.sync.init(split.x0))
+    cast = method.broadcast.publish(split.x0, 0, None, split.layout, key, kinds=split.kinds)
+    down = sum(_size(message) for message in (*method.broadcast.frames(cast, -1), *([knobs] if knobs else [])))
+    vector = random.normal(key, work.layout.d).to(split.x0)
+    sent, _ = work.codec.encode(vector, work.mine(work.memory()[0]), key, layout=work.layout, knobs=knobs)
+    stats = {"loss": split.x0.new_zeros(()), "steps": torch.zeros((), dtype=torch.int32)}
+    up = _size(sent) + int(nbytes(stats))
+    exchange = torch.stack([torch.full_like(steps, down), steps, torch.full_like(steps, up)])
+    clock, aware = times.clock, (knobs.get("train", torch.zeros(())) > 0).expand(len(ids))
+    return clock.arrivals(clock.phases(ids, exchange.unsqueeze(0), aware))
+
+
+def labels(task: BuiltTask) -> Tensor:
+    """How many training samples of each class each client has [N, C]; zeros where a target is not one class."""
+    train, classes = task.train, task.facts.wide
+    counts = torch.zeros(len(train.sizes), classes, dtype=torch.int64)
+    for i, size in enumerate(train.sizes.tolist()):
+        for index in torch.split(torch.arange(size), AT_ONCE):
+            target = train.fetch(torch.tensor([i]), index.unsqueeze(0), random.key(0).expand(1))["target"][0]
+            if classes < 2 or target.is_floating_point() or target.dim() != 1:
+                return counts
+            counts[i] += torch.bincount(target.cpu(), minlength=classes)
+    return counts
+
+
+def _size(message: Payload) -> int:
+    return int(nbytes(message)) + FRAME

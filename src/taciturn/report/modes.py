@@ -1,0 +1,72 @@
+"""Which client trained in which mode, round by round, in a report.
+
+Read from "knobs" of a line of the record; runs of one mode without bits have none, and no such figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from taciturn.report.plot import COLORS, NAME, Figure, layout, rows_axis, text
+from taciturn.report.read import Run
+from taciturn.report.tables import Method
+
+CLIENTS = 40  # of a figure
+METHODS = 4  # figures
+SYMBOLS = ("square", "diamond", "circle", "cross", "x", "star", "hexagon")
+
+
+def mode_of(train: int, send: int) -> str:
+    """The mode of two knobs, levels L = 2^(b-1) - 1 or 0: float, ptq of b bits sent, qat of b bits trained with.
+
+    >>> mode_of(0, 0), mode_of(0, 7), mode_of(3, 3)
+    ('float', 'ptq4', 'qat3')
+    """
+    bits = ((train or send) + 1).bit_length()
+    return f"qat{bits}" if train else f"ptq{bits}" if send else "float"
+
+
+def played(run: Run) -> list[tuple[int, int, str]]:
+    """(round, client, mode) of everybody who was told one."""
+    found = []
+    for line in run.rounds:
+        knobs, cohort = line.get("knobs") or {}, line.get("cohort") or []
+        nothing = [0] * len(cohort)
+        rows = zip(cohort, knobs.get("train", nothing), knobs.get("send", nothing), strict=True)
+        found += [(int(line["round"]), int(i), mode_of(train, send)) for i, train, send in rows if knobs]
+    return found
+
+
+def mode_figures(groups: Sequence[Method]) -> list[Figure]:
+    """A figure for each of the first methods with several modes."""
+    told = [(group, played(group.runs[0])) for group in groups]
+    several = [(group, rows) for group, rows in told if len({mode for *_, mode in rows}) > 1]
+    return [_figure(group, rows, f"modes-{place}") for place, (group, rows) in enumerate(several[:METHODS])]
+
+
+def _figure(group: Method, rows: Sequence[tuple[int, int, str]], key: str) -> Figure:
+    everyone = sorted({client for _, client, _ in rows})
+    clients = everyone[:CLIENTS]
+    place, traces = {client: row for row, client in enumerate(clients)}, []
+    names = [group.runs[0].client(client) for client in clients]
+    modes = sorted({mode for *_, mode in rows})
+    for index, mode in enumerate(modes):
+        mine = [(at, place[client]) for at, client, found in rows if found == mode and client in place]
+        traces.append(
+            go.Scatter(
+                x=[at for at, _ in mine],
+                y=[row for _, row in mine],
+                name=mode,
+                mode="markers",
+                marker={"color": COLORS[index % len(COLORS)], "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},
+                customdata=[text(names[row]) for _, row in mine],
+                hovertemplate=f"{NAME}%{{customdata}}<br>round %{{x}}<extra></extra>",
+            )
+        )
+    look = layout({"title": {"text": "round"}}, rows_axis(names), modes, height=120 + 16 * len(clients))
+    caption = "ptq: trained in float, sent in so many bits; qat: trained on weights of so many bits too."
+    caption += f" The first {CLIENTS} of {len(everyone)} clients." if len(clients) < len(everyone) else ""
+    caption += " First seed." if len(group.runs) > 1 else ""
+    return Figure(key, f"Modes of the clients of {group.label}", caption, go.Figure(traces, look))
