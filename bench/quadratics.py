@@ -124,6 +124,38 @@ class Federated:
         kept = self.engine.store.read(self.everyone)
         return {"v": kept["v"]} | kept["solver"]
 
+    # ------------------------------------------------------------------------------------------- what theory speaks of
+
+    def imbalance(self) -> float:
+        """|sum_i [p_i + rho (u_i - x)]| over the sum of the terms' norms, of solver admm; 0 after every aggregation."""
+        own = self.own()
+        terms = own["p"] + self.method.solver.rho * (own["u"] - self.server.x)  # type: ignore[attr-defined]
+        return float(terms.sum(0).norm() / terms.norm(dim=1).sum())
+
+    def lagrangian(self) -> Tensor:
+        """Sum over clients of f_i(u_i, v_i) + <p_i, u_i - x> + (rho / 2) |u_i - x|^2."""
+        own, rho = self.own(), self.method.solver.rho  # type: ignore[attr-defined]
+        gap = own["u"] - self.server.x
+        value = self.problem.value(own["u"], own["v"])
+        return (value + (own["p"] * gap).sum(1) + rho / 2 * gap.square().sum(1)).sum()
+
+    def violations(self, rounds: int) -> int:
+        """Rounds of the next ones in which the Lagrangian falls by less than a (|dv|^2 + |du|^2 + N |dx|^2), N clients.
+
+        a = min(rho / 60, sigma / 2 - 4 rho / 15): lemma 1 of FedAPM (arXiv 2506.04672), which asks for exact steps.
+        """
+        rho, sigma = self.method.solver.rho, self.method.solver.sigma  # type: ignore[attr-defined]
+        a, count = min(rho / 60, sigma / 2 - 4 * rho / 15), 0
+        before, value = (self.own(), self.server.x), self.lagrangian()
+        for _ in range(rounds):
+            self.round()
+            own, now = self.own(), self.lagrangian()
+            moved = self.problem.clients * (self.server.x - before[1]).square().sum()
+            moved += sum((own[name] - before[0][name]).square().sum() for name in ("u", "v"))
+            count += int(value - now < a * moved - 1e-12)
+            before, value = (own, self.server.x), now
+        return count
+
     # -------------------------------------------------------------------------------- a round as an affine map of states
 
     def state(self) -> Tensor:

@@ -119,6 +119,12 @@ def drift(work: Work, local: State) -> Vector:
     return local["solver"]["y"] - local["start"]  # type: ignore[no-any-return]
 
 
+def mean_loss(local: State) -> Tensor:
+    """Mean [] over the steps of the round; NaN where v is no longer finite, which nobody else sees."""
+    whole = torch.isfinite(local["solver"]["v"]).all()
+    return torch.where(whole, local["loss"] / local["done"].clamp(min=1), torch.nan)
+
+
 def collect(work: Work, local: State, u: Vector, own: State, key: Key) -> tuple[Payload, Record, State]:
     """(encoded update, stats that ride on it, what the client owns once the upload is accepted), given its drift u."""
     message, solver = work.solver.message(local["solver"], u)
@@ -126,9 +132,7 @@ def collect(work: Work, local: State, u: Vector, own: State, key: Key) -> tuple[
     origin = work.split.x0 if getattr(work.solver, "point", False) else None  # a point is sent as seen from x0
     message = message if origin is None else message - origin
     payload, tx = work.codec.encode(message, work.mine(own["tx"]), key, layout=work.layout, knobs=own.get("knobs", {}))
-    whole = torch.isfinite(local["solver"]["v"]).all()  # nobody else sees v: one that is lost is told as a lost loss
-    loss = torch.where(whole, local["loss"] / local["done"].clamp(min=1), torch.nan)
-    stats = {"loss": loss, "steps": local["done"].to(torch.int32)}
+    stats = {"loss": mean_loss(local), "steps": local["done"].to(torch.int32)}
     if origin is not None:
         stats |= work.solver.tell(local["solver"])  # type: ignore[attr-defined]
         solver = work.solver.settle(solver, origin + work.codec.known(tx))  # type: ignore[attr-defined]

@@ -84,3 +84,21 @@ def test_with_v_steps_alone_only_v_moves():
     split = method.split(task.model, task.tracked)
     assert torch.equal(server.x, split.x0)
     assert bool((engine.store.read(stats[0].ids)["v"] != split.v0).any(1).all())
+
+
+@pytest.mark.parametrize("engine", ["sequential", "stacked"])
+def test_a_client_whose_personal_part_overflows_is_left_out(engine):
+    """Its shared part is finite: where blocks arrive summed it must not be in the sum either."""
+    federation = make_federation()
+    federation.train.fields["input"][: federation.train.sizes[0]] *= 1e20
+
+    def model():
+        return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+    task = Task(model, federation).build(0)
+    method = methods.fedsim(u=solvers.sgd(lr=1e-3), v=solvers.sgd(lr=1e19), steps=1, batch_size=8)
+    server, runner, stats, _ = drive(task, method, engine, rounds=1)
+    assert runner._summed is (engine == "stacked")
+    assert stats[0].left_out == {0: "loss not finite"}
+    assert bool(torch.isfinite(runner.store.read(torch.arange(8))["v"]).all())
+    assert float((server.x - method.split(task.model, task.tracked).x0).abs().max()) < 1.0

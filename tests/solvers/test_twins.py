@@ -134,7 +134,7 @@ class keeping:
     [
         (solvers.scaffold(), r"must be method\.solver itself"),
         (solvers.pfedme(), "pfedme: .* whole model of its own"),
-        (keeping(), r"ditto\.u: a solver that keeps nothing between rounds, such as sgd; got"),
+        (keeping(), r"method\.solver\.u = .* keeps a state between rounds; use sgd"),
     ],
     ids=["scaffold", "pfedme", "keeping"],
 )

@@ -171,7 +171,9 @@ class Trainer:
             if weights is None:
                 part.way.drift(part.value, u[part.place])
             else:
-                found, finite[part.place] = self._total(part, records[-1]["loss"], weights[part.place], d)
+                found, finite[part.place] = self._total(
+                    part, self._lift(client.mean_loss)(records[-1]), weights[part.place], d
+                )
                 total += found
             part.value = None  # the next part takes its memory
         local: State = tree_map(lambda *t: torch.cat(t), *records) if len(records) > 1 else records[0]

@@ -103,9 +103,10 @@ class admm:
         """y where the v-steps look from; where the u-steps start is kept until then."""
         places = {"own": state["u"], "server": x}
         xi = torch.clamp(state["xi"] * self.xi_decay, min=self.xi_floor) if self.xi else state["xi"]
-        local = self._inner.begin(places[self.v_at if self.v_steps else self.u_start], v, {})
+        first = {"y": places[self.v_at if self.v_steps else self.u_start]}
         slope = {"slope": torch.zeros_like(xi)} if self.rho == "auto" else {}
-        return local | {"x": x, "p": state["p"], "v0": v, "xi": xi, "from": places[self.u_start]} | slope
+        own = {"x": x, "p": state["p"], "v0": v, "xi": xi, "from": places[self.u_start]}
+        return self._inner.begin(x, v, {}) | first | own | slope
 
     def _model(self, values: Vector) -> Vector:
         """The model's part of [d] values; that of rho is 0."""

@@ -41,6 +41,11 @@ def check_blocks(split: Split, solver: str, u: Solver, v: Solver, v_steps: int =
         )
     if split.personal.d and not v_steps:
         raise MethodError(f"method.solver = {solver}: with v_steps = 0 the personal parameters would never be trained")
+    check_stateless(split, u, v)
+
+
+def check_stateless(split: Split, u: Solver, v: Solver) -> None:
+    """Errors: `MethodError` for an optimizer of a block that would lose what it keeps between rounds."""
     for field, one in (("u", u), ("v", v)):
         if one.init(split):
             kind = type(one).__name__

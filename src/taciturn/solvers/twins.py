@@ -15,6 +15,7 @@ from taciturn.core.errors import MethodError, require
 from taciturn.core.state import State
 from taciturn.core.types import Batch, Oracle, Solver, Split
 from taciturn.core.vector import Layout, Vector
+from taciturn.solvers.blocks import check_stateless, one_schedule
 from taciturn.solvers.optimizers import Schedule, sgd
 from taciturn.solvers.schedules import constant
 
@@ -46,10 +47,7 @@ class ditto:
 
     def __post_init__(self) -> None:
         require(self.lam >= 0, f"ditto.lam: at least 0; got {self.lam}")
-        same = self.u.schedule == self.v.schedule
-        require(
-            same, f"ditto: u and v have one schedule; got u.schedule = {self.u.schedule}, v.schedule = {self.v.schedule}"
-        )
+        one_schedule("ditto", self.u, self.v)
 
     @property
     def schedule(self) -> Schedule:
@@ -59,10 +57,7 @@ class ditto:
     def init(self, split: Split) -> State:
         """Nothing is kept besides v."""
         _refuse_alone(self, split)
-        one = replace(split, personal=Layout((), ()), v0=split.v0[:0])  # what each of them knows
-        for name, solver in (("u", self.u), ("v", self.v)):
-            if solver.init(one):
-                raise MethodError(f"ditto.{name}: a solver that keeps nothing between rounds, such as sgd; got {solver}")
+        check_stateless(replace(split, personal=Layout((), ()), v0=split.v0[:0]), self.u, self.v)  # what each knows
         return {}
 
     def begin(self, x: Vector, v: Vector, state: State) -> State:
