@@ -20,7 +20,7 @@ FLOORS = [
     set(ROOMS),
     {"method"},
     {"client", "methods"},
-    {"round"},
+    {"round", "sensitivity"},
     {"engines"},
     {"tasks"},
     {"experiment"},

@@ -18,14 +18,14 @@ from taciturn.core.state import State
 from taciturn.core.types import LATE, OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
 from taciturn.core.vector import Layout, Vector
 from taciturn.method import Method
-from taciturn.precision.policies import knobs as knobs_of
+from taciturn.precision import policies
 
 
 @dataclass(frozen=True)
 class ServerState:
     """All that the server carries from round to round: rounds done, model, and the state of its parts.
 
-    merges: what the frozen base takes with the publication of this round's x.
+    merges: what the frozen base takes with the publication of this round's x; precision: what a policy has learned.
     """
 
     round: int
@@ -35,6 +35,7 @@ class ServerState:
     sync: State
     cast: Cast | None = None
     merges: Merges = field(default_factory=dict)
+    precision: State = field(default_factory=dict)
 
     @property
     def model(self) -> Vector:
@@ -45,7 +46,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class RoundStats:
-    """What a round tells the record: per client [M]; what failed; what rule and aggregator saw; knobs told."""
+    """What a round tells the record: per client [M]; what failed; what the parts saw; knobs told."""
 
     ids: Tensor
     loss: Tensor
@@ -56,6 +57,7 @@ class RoundStats:
     sync: dict[str, Any] = field(default_factory=dict)
     aggregate: dict[str, Any] = field(default_factory=dict)
     knobs: dict[str, list[int]] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)
 
 
 def start(x0: Vector, sizes: Tensor, method: Method, base: Layout = Layout((), ())) -> ServerState:
@@ -64,16 +66,16 @@ def start(x0: Vector, sizes: Tensor, method: Method, base: Layout = Layout((), (
         layer: (x0.new_zeros(m, 0), x0.new_zeros(0, n)) for layer, (m, n) in zip(base.names, base.shapes, strict=True)
     }
     parts = method.server.init(x0), method.aggregator.init(x0, sizes), method.sync.init(x0)
-    return ServerState(0, x0, *parts, merges=nothing)
+    return ServerState(0, x0, *parts, merges=nothing, precision=policies.start(method.precision))
 
 
-def plan_round(round: int, ids: Tensor, sizes: Tensor, method: Method, sync: State, key: Key) -> tuple[Plan, Tensor]:
+def plan_round(server: ServerState, ids: Tensor, sizes: Tensor, method: Method, key: Key) -> tuple[Plan, Tensor]:
     """Who does how much, in what precision, and counts how much: sizes [M] samples -> (plan, steps before a look [M])."""
     require(len(ids) > 0, "method.participation drew no client; at least one must take part")
     epoch_steps = (sizes + method.batch_size - 1) // method.batch_size
-    limit, stride = method.sync.schedule(epoch_steps, sync)
-    weights, bits = method.aggregator.weigh(sizes), knobs_of(method.precision, ids, key)
-    return Plan(round, ids, epoch_steps, limit, weights, method.solver.schedule(round), bits), stride
+    limit, stride = method.sync.schedule(epoch_steps, server.sync)
+    weights, knobs = method.aggregator.weigh(sizes), policies.knobs(method.precision, ids, key, server.precision)
+    return Plan(server.round, ids, epoch_steps, limit, weights, method.solver.schedule(server.round), knobs), stride
 
 
 def train(engine: Engine, rule: SyncRule, sync: State, cast: Cast, plan: Plan, stride: Tensor) -> State:
@@ -91,7 +93,7 @@ def fed_round(
     server: ServerState, ids: Tensor, sizes: Tensor, method: Method, engine: Engine, split: Split, key: Key
 ) -> tuple[ServerState, RoundStats]:
     """Server state and a cohort -> the next server state. Errors: `AllClientsFailed`; the state is as before."""
-    plan, stride = plan_round(server.round, ids, sizes, method, server.sync, key)  # 1 work of each client
+    plan, stride = plan_round(server, ids, sizes, method, key)  # 1 work of each client
     down_key = fold(key, "broadcast")
     cast = method.broadcast.publish(  # 2 encode the model once for each kind, and what the base takes
         server.x, server.round, server.cast, split.layout, down_key, server.merges, split.kinds
@@ -110,10 +112,12 @@ def fed_round(
     change, agg = method.aggregator.finish(total)
     x, opt = method.server.step(server.x, change.update, server.opt)  # 8 server optimizer (FedOpt)
     sync = method.sync.update(sync, plan, found, spent, change)  # 9 the rule's next threshold
+    bits = policies.learned(method.precision, server.precision, plan, found)  # ... and who trains in which precision
     engine.commit(accepted)  # 10 accepted clients keep their new state
     knobs = {name: told.tolist() for name, told in plan.knobs.items()}
-    stats = replace(stats, sync=method.sync.tell(sync), aggregate=change.told, knobs=knobs)
-    return ServerState(server.round + 1, x, opt, agg, sync, cast, change.merges), stats
+    told = policies.tell(method.precision, bits)
+    stats = replace(stats, sync=method.sync.tell(sync), aggregate=change.told, knobs=knobs, precision=told)
+    return ServerState(server.round + 1, x, opt, agg, sync, cast, change.merges, bits), stats
 
 
 def _gather(blocks: list[tuple[Tensor, Record, Tensor]], ids: Tensor) -> Record:

@@ -150,7 +150,7 @@ def test_it_survives_toml_and_says_what_is_wrong():
     with pytest.raises(ConfigError, match=r"precision.lam: a number of at least 0"):
         precision.coarse(lam=-1.0)
     with pytest.raises(ConfigError, match="decided from the fleet and data"):
-        precision.coarse().draw(torch.arange(2), torch.tensor(0))
+        precision.coarse().draw(torch.arange(2), torch.tensor(0), {})
 
 
 def test_the_recipe_runs():

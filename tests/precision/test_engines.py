@@ -85,7 +85,7 @@ def _updates(task, method, engine):
     ids = torch.arange(len(sizes))
     server = start(split.x0, sizes, method)
     cast = method.broadcast.publish(server.x, 0, None, split.layout, key)
-    plan, stride = plan_round(0, ids, sizes, method, server.sync, key)
+    plan, stride = plan_round(server, ids, sizes, method, key)
     train(runner, method.sync, server.sync, cast, plan, stride)
     found = list(runner.collect())
     order = torch.argsort(torch.cat([block.ids for block in found]))
@@ -121,13 +121,13 @@ def test_ptq_keeps_the_fast_path_and_qat_says_why_not(wide):
 
 def test_policies_are_exact():
     ids, key = torch.arange(10) * 3, random.key(1)
-    assert knobs(precision.all(), ids, key) == {} and set(knobs(precision.all("ptq4"), ids, key)) == {"send"}
-    found = knobs(precision.fixed(modes=("float32", "qat4")), ids, key)
+    assert knobs(precision.all(), ids, key, {}) == {} and set(knobs(precision.all("ptq4"), ids, key, {})) == {"send"}
+    found = knobs(precision.fixed(modes=("float32", "qat4")), ids, key, {})
     assert found["train"].tolist() == found["send"].tolist() == [7 * (i % 2) for i in ids.tolist()]
     rule = precision.random(modes=("ptq8", "qat4", "qat2"), share=(0.5, 0.3, 0.2))
-    drawn = [rule.draw(ids, random.fold(key, r)) for r in range(2)]
+    drawn = [rule.draw(ids, random.fold(key, r), {}) for r in range(2)]
     assert all(torch.bincount(one).tolist() == [5, 3, 2] for one in drawn) and not torch.equal(*drawn)
-    assert torch.equal(drawn[0], rule.draw(ids, random.fold(key, 0)))
+    assert torch.equal(drawn[0], rule.draw(ids, random.fold(key, 0), {}))
     with pytest.raises(ConfigError, match="share: a positive number for each of 2 modes"):
         precision.random(share=(0.5, 0.6))
     with pytest.raises(ConfigError, match="known to the cost model"):

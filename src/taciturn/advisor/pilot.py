@@ -186,7 +186,7 @@ def _draw(
     """
     single = method.replace(broadcast=Broadcast(identity()))
     cast = Cast(0, server.round, {"x": server.x}, ((0, {"values": server.x}),))
-    plan, stride = plan_round(server.round, ids, work.task.train.sizes[ids], single, server.sync, key)
+    plan, stride = plan_round(server, ids, work.task.train.sizes[ids], single, key)
     rows: list[Tensor] = []
     owners: list[Tensor] = []
     steps: list[Tensor] = []

@@ -41,8 +41,8 @@ from taciturn.engines.train import Job, Lift, Upload
 from taciturn.method import Method
 
 Lose = Callable[[int, int], bool]  # round, client -> its upload is lost
-# ids [m], work [S, 3, m], knobs as told -> what each counts for its time [m]; 0: too late
-Share = Callable[[Tensor, Tensor, State], Tensor]
+# ids [m], work [S, 3, m], knobs as told -> what each counts for its time [m], 0: too late; or that time [m] in seconds
+Timed = Callable[[Tensor, Tensor, State], Tensor]
 
 
 @dataclass
@@ -76,7 +76,9 @@ class LocalEngine:
         lift: Lift,
         summed: bool = False,
         lose: Lose | None = None,
-        share: Share | None = None,
+        share: Timed | None = None,
+        seconds: Timed | None = None,
+        facts: Record | None = None,
     ) -> None:
         self.work, self.method, self.post, self.clients, self.crew = work, method, post, clients, crew
         self.block, self._least = block, least
@@ -84,6 +86,8 @@ class LocalEngine:
         self._receivers = clients.table("receiver", work.memory()[1])
         self._works = work.each_kind()
         self._lift, self._lose, self._share, self._summed = lift, lose, share, summed
+        self._arrival = seconds
+        self._facts = {"samples": work.task.train.sizes} | (facts or {})
         self._groups: list[_Group] = []
         self._pending: list[tuple[Tensor, State, State]] = []
 
@@ -97,7 +101,7 @@ class LocalEngine:
         self._done, self._seconds = torch.zeros_like(plan.limit), 0.0
         self.post.begin(plan.round)
         self.clients.touch(plan.ids)
-        self.post.enrol(plan.ids, self.work.task.train.sizes[plan.ids])
+        self.post.enrol(plan.ids, _rows(self._facts, plan.ids))
         order = torch.argsort(plan.limit, descending=True, stable=True)  # blocks of equal length, the longest first
         for kind, where in self._blocks(self._kinds(plan.round, plan.ids), order):
             ids = plan.ids[where]
@@ -242,11 +246,11 @@ class LocalEngine:
             return torch.zeros(len(group.ids), dtype=torch.bool)
         return torch.tensor([self._lose(self._plan.round, i) for i in group.ids.tolist()])
 
-    def _in_time(self, group: _Group) -> Tensor:
-        """What each client of a block counts because of the time it took [m]; 0: its answer is too late."""
-        if self._share is None:
+    def _timed_by(self, clock: Timed | None, group: _Group) -> Tensor:
+        """What a clock says of each client of a block [m]; 1 without one."""
+        if clock is None:
             return torch.ones(len(group.ids))
-        return self._share(group.ids, self.post.ledger.work(group.ids), group.knobs.get("knobs", {}))
+        return clock(group.ids, self.post.ledger.work(group.ids), group.knobs.get("knobs", {}))
 
     def _receive(self, group: _Group, payload: Payload, stats: Record, upload: Upload) -> Block:
         """The server's half: decode, and set aside what is not finite (0 x NaN is NaN, so rows are zeroed)."""
@@ -263,8 +267,10 @@ class LocalEngine:
         status = torch.full((len(group.ids),), OK)
         status[~finite] = BAD_UPDATE
         status[~torch.isfinite(stats["loss"])] = BAD_LOSS
-        share = self._in_time(group)
+        share = self._timed_by(self._share, group)
         status[share == 0] = LATE
+        if self._arrival is not None:
+            stats["seconds"] = self._timed_by(self._arrival, group)
         status[self._lost(group)] = LOST
         self.post.acknowledge(group.ids[status < LOST], self._cast)
         good = (status == OK).to(updates.device)

@@ -27,12 +27,12 @@ from taciturn.core.errors import require, unknown
 from taciturn.core.payload import LOSSLESS, controlled, nbytes
 from taciturn.core.random import Key
 from taciturn.core.state import row, stack
-from taciturn.core.types import Payload, SyncRule
+from taciturn.core.types import Payload, Record, SyncRule
 from taciturn.engines.crew import Alone, Crew, walk
 from taciturn.engines.fork import workers as forked
 from taciturn.engines.fused import Fused
 from taciturn.engines.fused import build as fused_or_reason
-from taciturn.engines.local import LocalEngine, Lose, Share
+from taciturn.engines.local import LocalEngine, Lose, Timed
 from taciturn.engines.memory import keep_freed_memory
 from taciturn.engines.plain import Plain
 from taciturn.engines.post import Post
@@ -40,7 +40,7 @@ from taciturn.engines.ray import workers as actors
 from taciturn.engines.store import ClientStore
 from taciturn.engines.train import Trainer
 from taciturn.method import Method
-from taciturn.precision.policies import trains
+from taciturn.precision.policies import learns, trains
 from taciturn.wire.format import FRAME, Frame, Schema, pack, pack_schema, packed_bytes, unpack, unpack_schema
 
 ENGINES = ("auto", "loopback", "ray", "sequential", "stacked")
@@ -225,7 +225,9 @@ def build(
     least: int | None = None,
     keep: int = 0,
     lose: Lose | None = None,
-    share: Share | None = None,
+    share: Timed | None = None,
+    seconds: Timed | None = None,
+    facts: Record | None = None,
     each: bool = False,
 ) -> tuple[LocalEngine, Path]:
     """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible.
@@ -234,7 +236,8 @@ def build(
     one, and with ray, the engine must be closed (`engine.crew.close()`). least: blocks that a cohort is cut into at least,
     as many as workers unless given; it and `block` decide the bits. each: every client's update is looked at, so that sums
     of them are not enough. keep: bytes, in each process, for features of frozen layers (prefix.py). share: weighs each
-    client's update by its time.
+    client's update by its time; seconds: that time, which a policy that learns is told. facts [N, ..]: of the clients'
+    data, sent once beside the number of samples.
     """
     require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
     path = choose(name, work, block, keep, "clients train on quantized weights" if trains(method.precision) else "")
@@ -255,7 +258,10 @@ def build(
     else:
         crew = Alone(trainer(*parts, path))
     path = replace(path, least=least or crew.count)
-    summed = not each and share is None and path.fused is not None and method.aggregator.linear and sends_drift(work)
-    size, least = path.block, path.least
-    engine = LocalEngine(work, method, post, clients, crew, size, least, lift=lift, summed=summed, lose=lose, share=share)
+    each = each or share is not None or learns(method.precision)
+    summed = not each and path.fused is not None and method.aggregator.linear and sends_drift(work)
+    engine = LocalEngine(
+        work, method, post, clients, crew, path.block, path.least,
+        lift=lift, summed=summed, lose=lose, share=share, seconds=seconds, facts=facts,
+    )  # fmt: skip
     return engine, path

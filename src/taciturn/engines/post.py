@@ -103,11 +103,11 @@ class Post:
             self.ledger.count(way, "stats", ids, extra, 0, messages=0)
         return received
 
-    def enrol(self, ids: Tensor, samples: Tensor) -> None:
-        """A client's first message tells how many samples it has."""
+    def enrol(self, ids: Tensor, facts: Payload) -> None:
+        """A client's first message tells what the method needs of its data: facts [m, ..], how many samples it has."""
         fresh = self._first_time("enrolled", ids)
         if len(fresh):
-            self.message("up", "setup", fresh, {"samples": samples[torch.isin(ids, fresh)]})
+            self.message("up", "setup", fresh, {name: row[torch.isin(ids, fresh)] for name, row in facts.items()})
 
     def model(self, kind: str, ids: Tensor, cast: Cast, part: Part | None = None) -> State:
         """Each client gets the frames it lacks (a bare header if none) -> what a client of this block now holds.

@@ -22,6 +22,7 @@ from taciturn.core import random
 from taciturn.core.random import Key
 from taciturn.core.state import State, tree_map
 from taciturn.core.types import Batch, Clients, Payload, Record, SyncRule
+from taciturn.sensitivity import sensitivity
 
 Lift = Callable[[Callable[..., Any]], Callable[..., Any]]
 Fetch = Callable[[int, int], tuple[Batch, Tensor, Tensor]]  # step, k -> batches [k, b, ..] with mask, keys [k], places
@@ -161,31 +162,39 @@ class Trainer:
         del self._open[number]
         m, d = opened.start.shape
         u = opened.start.new_empty(d if weights is not None else (m, d)).expand(m, d)
-        total, finite, records = u.new_zeros(d), torch.ones(m, dtype=torch.bool), []
-        riders: list[Payload] = []
+        total, finite, records, riders = u.new_zeros(d), torch.ones(m, dtype=torch.bool), [], []
         for part in opened.parts or self._parts(opened):
-            if steps is not None:
-                riders.append(self._run(opened, part, steps))
+            rode: Payload = {} if steps is None else self._run(opened, part, steps)
             self._settle(part)
             records.append(part.way.record(part.value))
             if weights is None:
                 part.way.drift(part.value, u[part.place])
+                rode |= self._measured(opened, part, records[-1], u[part.place])
             else:
                 found, finite[part.place] = self._total(
                     part, self._lift(client.mean_loss)(records[-1]), weights[part.place], d
                 )
                 total += found
+            riders.append(rode)
             part.value = None  # the next part takes its memory
         local: State = tree_map(lambda *t: torch.cat(t), *records) if len(records) > 1 else records[0]
         keys = random.fold(self._key, opened.job.ids, "encode", self._round).to(u.device)
         work = self._works[opened.job.kind]
         upload = Upload(*self._lift(lambda *a: client.collect(work, *a))(local, u, opened.job.own, keys))
-        rode = {name: torch.cat([one[name] for one in riders]) for name in riders[0]} if riders else {}
+        rode = {name: torch.cat([one[name] for one in riders]) for name in riders[0]}
         upload = replace(upload, stats=upload.stats | rode)
         if weights is None:
             return upload
         payload, _ = self.work.codec.encode(total, {}, keys[0], layout=self.work.split.layout, knobs={})
         return replace(upload, payload={name: t.unsqueeze(0) for name, t in payload.items()}, finite=finite)
+
+    def _measured(self, opened: _Open, part: _Part, local: State, u: Tensor) -> Record:
+        """What a policy that learns is told of a part's clients; {} where nobody asks."""
+        if "gap" not in local["knobs"]:
+            return {}
+        batch, keys, _ = self._fetch(opened, part, 1)(0, len(part.rows))
+        held, work = opened.job.held, self._works[opened.job.kind]
+        return self._lift(lambda *a: sensitivity(work, held, *a))(local, u, batch, keys)  # type: ignore[no-any-return]
 
     def _run(self, opened: _Open, part: _Part, steps: Tensor) -> Payload:
         """A round of a part in one exchange -> what the rule lets ride on the upload."""
@@ -251,7 +260,7 @@ class Trainer:
 
     def _advance(self, opened: _Open, part: _Part, steps: Tensor) -> None:
         """Up to `steps` [m] local steps of the live clients of a part."""
-        job, data, done, device = opened.job, self.work.task.train, opened.done, opened.start.device
+        job, done = opened.job, opened.done
         todo = torch.where(opened.live, torch.minimum(job.limit - done, steps).clamp(min=0), 0)[part.rows]
         n = int(todo.max())
         if not n:
@@ -259,7 +268,13 @@ class Trainer:
         if bool((todo.diff() > 0).any()):  # some in the middle have halted: those that train come first
             order = torch.argsort(todo, descending=True, stable=True)
             part.value, part.rows, todo = part.way.reorder(part.value, order), part.rows[order], todo[order]
-        ids, first = job.ids[part.rows], (job.own["steps"].cpu() + done)[part.rows]
+        part.value = part.way.advance(part.value, todo.tolist(), self._fetch(opened, part, n))
+        done[part.rows] += todo
+
+    def _fetch(self, opened: _Open, part: _Part, n: int) -> Fetch:
+        """The next n batches of a part's clients, each in its own order."""
+        job, data, device = opened.job, self.work.task.train, opened.start.device
+        ids, first = job.ids[part.rows], (job.own["steps"].cpu() + opened.done)[part.rows]
         keys, sizes = random.fold(self._key, ids), data.sizes[ids]
         index, mask = random.batches(keys, sizes, first, n, self._batch, int(sizes.max()))
         step_keys = random.fold(keys.unsqueeze(1), first.unsqueeze(1) + torch.arange(n))
@@ -271,8 +286,7 @@ class Trainer:
             places = torch.cat([ids[:k].unsqueeze(1), index[:k, t]], 1)
             return batch | {"mask": mask[:k, t].to(device)}, now.to(device), places
 
-        part.value = part.way.advance(part.value, todo.tolist(), fetch)
-        done[part.rows] += todo
+        return fetch
 
     def _settle(self, part: _Part) -> None:
         """Put the part's clients back in the order of the block."""

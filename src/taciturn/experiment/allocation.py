@@ -1,4 +1,4 @@
-"""Who trains in which mode, decided before the first round: times of the run's clock against penalties of the data.
+"""Who trains in which mode: times of the run's clock against penalties of the data.
 
     T_k(m) = bytes down / down + steps (step + extra 1{qat}) + bytes up(m) / up + latency
 
@@ -19,32 +19,46 @@ from taciturn.core import random
 from taciturn.core.payload import nbytes
 from taciturn.core.random import Key
 from taciturn.core.state import State
-from taciturn.core.types import Payload
+from taciturn.core.types import Payload, Record
 from taciturn.experiment.simulated import Times
 from taciturn.method import Method
-from taciturn.precision import allocate, coarse, fixed
+from taciturn.precision import allocate, coarse, coarse_fine, fixed
+from taciturn.precision.adjust import adjusted
 from taciturn.precision.modes import runnable
 from taciturn.precision.penalty import divergence, penalties
-from taciturn.precision.policies import told
+from taciturn.precision.policies import learns, told
 from taciturn.tasks.built import BuiltTask
 from taciturn.wire.format import FRAME
 
 AT_ONCE = 1024  # samples whose labels are read
 
 
-def allocated(method: Method, work: Work, task: BuiltTask, times: Times, key: Key) -> Method:
-    """The method with a policy that can be played: `coarse` becomes `fixed`, one mode a client. key: of the run."""
+def allocated(method: Method, work: Work, task: BuiltTask, times: Times, key: Key) -> tuple[Method, Record]:
+    """(the method with a policy that can be played; what clients tell for it once, {"labels": [N, C]} or {}).
+
+    `coarse` becomes `fixed`, one mode a client, and `coarse_fine` becomes `adjusted`, which begins with them. key: of the
+    run.
+    """
     policy, sizes = method.precision, task.train.sizes
-    if not isinstance(policy, coarse):
-        return method
+    if not isinstance(policy, coarse | coarse_fine):
+        return method, {}
     modes = runnable(policy.modes, "precision.modes")
     table = told(policy)
     each = [{name: row[place] for name, row in table.items()} for place in range(len(modes))]
     plain = {name: torch.zeros_like(row[0]) for name, row in table.items()}
-    *seconds, reference = (predicted(method, work, sizes, times, key, knobs) for knobs in (*each, plain))
-    cost = penalties(method.aggregator.weigh(sizes), divergence(labels(task)), modes, kappa=policy.kappa)
-    found = allocate.coarse(torch.stack(seconds, 1), cost, policy.lam, float(reference.max()))
-    return method.replace(precision=fixed(tuple(policy.modes[i] for i in found.modes.tolist())))
+    *found, reference = (predicted(method, work, sizes, times, key, knobs) for knobs in (*each, plain))
+    seconds, weights = torch.stack(found, 1), method.aggregator.weigh(sizes).double()
+    counts = labels(task) if policy.kappa else torch.zeros(len(sizes), 0, dtype=torch.int64)
+    skew = divergence(counts) if counts.any() else torch.zeros(len(sizes), dtype=torch.float64)
+    cost = penalties(weights, skew, modes, kappa=policy.kappa)
+    chosen = allocate.coarse(seconds, cost, policy.lam, float(reference.max())).modes
+    told_once = {"labels": counts.to(torch.int32)} if counts.any() else {}
+    if isinstance(policy, coarse):
+        return method.replace(precision=fixed(tuple(policy.modes[i] for i in chosen.tolist()))), told_once
+    epoch = (sizes + method.batch_size - 1) // method.batch_size
+    epochs = method.sync.schedule(epoch, method.sync.init(work.split.x0))[0] / epoch
+    facts = {"weight": weights, "skew": skew, "log_samples": sizes.double().log(), "epochs": epochs.double()}
+    return method.replace(precision=adjusted(policy, seconds, reference, facts, chosen)), told_once
 
 
 def predicted(method: Method, work: Work, sizes: Tensor, times: Times, key: Key, knobs: State) -> Tensor:
@@ -55,8 +69,8 @@ def predicted(method: Method, work: Work, sizes: Tensor, times: Times, key: Key,
     down = sum(_size(message) for message in (*method.broadcast.frames(cast, -1), *([knobs] if knobs else [])))
     vector = random.normal(key, work.layout.d).to(split.x0)
     sent, _ = work.codec.encode(vector, work.mine(work.memory()[0]), key, layout=work.layout, knobs=knobs)
-    stats = {"loss": split.x0.new_zeros(()), "steps": torch.zeros((), dtype=torch.int32)}
-    up = _size(sent) + int(nbytes(stats))
+    stats = ["loss", "steps", *(["gap", "quantized", "moved"] if learns(method.precision) else [])]
+    up = _size(sent) + 4 * len(stats)
     exchange = torch.stack([torch.full_like(steps, down), steps, torch.full_like(steps, up)])
     clock, aware = times.clock, (knobs.get("train", torch.zeros(())) > 0).expand(len(ids))
     return clock.arrivals(clock.phases(ids, exchange.unsqueeze(0), aware))

@@ -38,7 +38,7 @@ from taciturn.experiment.result import Result
 from taciturn.experiment.simulated import Times
 from taciturn.experiment.snapshot import server_of, server_record
 from taciturn.method import Method
-from taciturn.precision.policies import deployed_bits
+from taciturn.precision.policies import deployed_bits, learns
 from taciturn.round import RoundStats, ServerState, fed_round, start
 from taciturn.tasks.built import BuiltTask
 
@@ -92,8 +92,9 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     if header is not None:  # the path and the blocks were chosen when the run began
         name, block, least = (header["engine"].get(part) for part in ("name", "block", "least"))
     times = Times.of(experiment, work, key)
-    method = allocated(method, work, task, times, key)
+    method, facts = allocated(method, work, task, times, key)
     faults |= {"share": times.share} if experiment.deadline is not None else {}
+    faults |= {"facts": facts, "seconds": times.arrivals if learns(method.precision) else None}
     engine, path = build(name, work, method, key, block=block, least=least, workers=experiment.workers, keep=keep, **faults)
     if header is not None and path.path != header["engine"]["path"]:
         raise RunError(
@@ -293,6 +294,7 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
             "traffic": traffic,
         }
         | ({"knobs": stats.knobs} if stats.knobs else {})
+        | ({"precision": stats.precision} if stats.precision else {})
         | ({"deployed": deployed} if bits else {})
     )
 

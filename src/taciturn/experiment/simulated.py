@@ -52,6 +52,10 @@ class Times:
         """What clients count for their time [m] (fleet/clock.py), given the knobs that they were told."""
         return self.clock.share(ids, work, knobs["train"].cpu() > 0 if "train" in knobs else None)
 
+    def arrivals(self, ids: Tensor, work: Tensor, knobs: State) -> Tensor:
+        """Seconds until the last answer of each has arrived [m]."""
+        return self.clock.arrivals(self.clock.phases(ids, work, knobs["train"].cpu() > 0 if "train" in knobs else None))
+
     def round(self, stats: RoundStats, ledger: Ledger, before: float = 0.0) -> dict[str, Any]:
         """The round that was just run, for the record; before the ledger closes it. before: seconds of the earlier ones."""
         aware = torch.tensor(stats.knobs["train"]) > 0 if "train" in stats.knobs else None

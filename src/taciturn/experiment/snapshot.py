@@ -18,7 +18,7 @@ Frames = tuple[tuple[int, Payload], ...]
 def server_record(server: ServerState) -> tuple[State, dict[str, Any]]:
     """-> (tensors, facts)."""
     merges = {layer: {"left": x, "right": y} for layer, (x, y) in server.merges.items()}
-    state: State = {name: getattr(server, name) for name in ("x", "opt", "agg", "sync")} | {"merges": merges}
+    state: State = {name: getattr(server, name) for name in ("x", "opt", "agg", "sync", "precision")} | {"merges": merges}
     cast = server.cast
     if cast is None:
         return state, {}
@@ -44,7 +44,7 @@ def server_of(state: State, facts: dict[str, Any]) -> ServerState:
         return tuple((place[0], found[label]) for place, label in order)
 
     cast = None
-    opt, agg, sync = (state.get(name, {}) for name in ("opt", "agg", "sync"))
+    opt, agg, sync, bits = (state.get(name, {}) for name in ("opt", "agg", "sync", "precision"))
     if "cast" in facts:
         version, source = facts["cast"]["version"], facts["cast"]["source"]
         cast = Cast(version, source, state["held"], log(state.get("log", {})), log(state.get("base_log", {})))
@@ -53,4 +53,4 @@ def server_of(state: State, facts: dict[str, Any]) -> ServerState:
             own[int(k)] = replace(cast, held=cast.held | {"x": one["x"]}, log=log(one.get("log", {})))
         cast = replace(cast, kinds=tuple(own))
     merges = {layer: (pair["left"], pair["right"]) for layer, pair in state.get("merges", {}).items()}
-    return ServerState(facts["round"], state["x"], opt, agg, sync, cast, merges)
+    return ServerState(facts["round"], state["x"], opt, agg, sync, cast, merges, bits)

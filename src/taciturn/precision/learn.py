@@ -52,15 +52,15 @@ def fresh(n: int = len(FEATURES), ridge: float = 0.1, variance: float = 1.0) -> 
 def learn(state: State, x: Tensor, y: Tensor | float, forget: float = 0.98) -> State:
     """The regression after one more observation: x [n], y []. With f < 1, P grows where nothing new is seen."""
     x, y = x.double(), torch.as_tensor(y, dtype=torch.float64)
-    px = state["P"] @ x
-    gain = px / (forget + x @ px)
-    error = y - state["theta"] @ x
+    px = _dot(state["P"], x)
+    gain = px / (forget + _dot(x, px))
+    error = y - _dot(state["theta"], x)
     theta = state["theta"] + gain * error
     covariance = (state["P"] - torch.outer(gain, px)) / forget
     return {
         "P": (covariance + covariance.mT) / 2,
         "theta": theta,
-        "rss": forget * state["rss"] + error * (y - theta @ x),
+        "rss": forget * state["rss"] + error * (y - _dot(theta, x)),
         "count": forget * state["count"] + 1,
     }
 
@@ -69,7 +69,13 @@ def predict(state: State, x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, width of 95 %) at x [.., n] -> [..] each."""
     x = x.double()
     variance = state["rss"] / state["count"]
-    return x @ state["theta"], 2 * (variance * ((x @ state["P"]) * x).sum(-1)).clamp(min=0).sqrt()
+    spread = _dot(_dot(x.unsqueeze(-2), state["P"]), x)
+    return _dot(x, state["theta"]), 2 * (variance * spread).clamp(min=0).sqrt()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Over the last axis; unlike a matrix product, the same in every bit wherever the tensors lie in memory."""
+    return (a * b).sum(-1)
 
 
 # -------------------------------------------------------------------------------------------------------------- rules

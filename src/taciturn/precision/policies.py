@@ -1,13 +1,14 @@
-"""Which client trains in which mode: rules that need no history. Client code sees the result as numbers, not as branches.
+"""Which client trains in which mode. Client code sees the result as numbers, not as branches.
 
 Symbols: M clients of the cohort; ids [M]; n_m modes; knobs {name: [M] uint8}: "train", L of the weights in the forward pass
-(0: float), and "send", L of the upload where the codec quantizes (0: as it is set).
+(0: float); "send", L of the upload where the codec quantizes (0: as it is set); "gap", L of the deployed model where the
+policy learns what that costs (sensitivity.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,33 +16,63 @@ from torch import Tensor
 from taciturn.core.errors import ConfigError, require
 from taciturn.core.random import Key, fold, permutation
 from taciturn.core.state import State
-from taciturn.precision.modes import runnable
+from taciturn.core.types import Plan, Record
+from taciturn.precision.modes import levels, runnable
 
 
 class Policy(Protocol):
-    """WHICH precision."""
+    """WHICH precision. One that learns from rounds (adjust.py) has `learns = True`, `init() -> State` of the server,
+    `update(state, ids [M], drawn [M], stats) -> State`, and `tell(state)`, plain numbers for the record.
+    """
 
     @property
     def modes(self) -> tuple[str, ...]:
         """The modes that clients may get."""
         ...
 
-    def draw(self, ids: Tensor, key: Key) -> Tensor:
+    def draw(self, ids: Tensor, key: Key, state: State) -> Tensor:
         """Of each client of a cohort, the number of its mode: [M] int64."""
         ...
 
 
-def knobs(policy: Policy, ids: Tensor, key: Key) -> State:
-    """What clients are told: of "train" and "send" those that differ from 0 for some mode; {} where all is float."""
+def learns(policy: Policy) -> bool:
+    """True if rounds teach the policy, and clients measure for it."""
+    return getattr(policy, "learns", False)
+
+
+def start(policy: Policy) -> State:
+    """The server's state of a policy before the first round."""
+    state: State = policy.init() if learns(policy) else {}  # type: ignore[attr-defined]
+    return state
+
+
+def learned(policy: Policy, state: State, plan: Plan, stats: Record) -> State:
+    """The state after a round. stats [M]: what rode on the uploads, "status", and "seconds" until each had arrived."""
+    if not learns(policy):
+        return state
+    rows = torch.stack([row.unsqueeze(0) == plan.knobs[name].unsqueeze(1) for name, row in told(policy).items()])
+    state = policy.update(state, plan.ids, rows.all(0).int().argmax(1), stats)  # type: ignore[attr-defined]
+    return state
+
+
+def tell(policy: Policy, state: State) -> dict[str, Any]:
+    """What the record keeps of the policy's state."""
+    told: dict[str, Any] = policy.tell(state) if learns(policy) else {}  # type: ignore[attr-defined]
+    return told
+
+
+def knobs(policy: Policy, ids: Tensor, key: Key, state: State) -> State:
+    """What clients are told: those that differ from 0 for some mode; {} where all is float."""
     table = told(policy)
-    drawn = policy.draw(ids, fold(key, "precision")) if table else ids
+    drawn = policy.draw(ids, fold(key, "precision"), state) if table else ids
     return {name: row[drawn] for name, row in table.items()}
 
 
 def told(policy: Policy) -> State:
     """The knobs of each mode: {name: [n_m] uint8}, those that differ from 0 for some mode."""
     found = runnable(policy.modes, "precision.modes")
-    table = {"train": [one.trained for one in found], "send": [one.sent for one in found]}
+    gap = levels(deployed_bits(policy)) if learns(policy) else 0
+    table = {"train": [one.trained for one in found], "send": [one.sent for one in found], "gap": [gap] * len(found)}
     return {name: torch.tensor(row, dtype=torch.uint8) for name, row in table.items() if any(row)}
 
 
@@ -69,7 +100,7 @@ class all:
         """The one."""
         return (self.mode,)
 
-    def draw(self, ids: Tensor, key: Key) -> Tensor:
+    def draw(self, ids: Tensor, key: Key, state: State) -> Tensor:
         """Zeros."""
         return torch.zeros_like(ids)
 
@@ -86,7 +117,7 @@ class fixed:
     def __post_init__(self) -> None:
         runnable(self.modes, "precision.modes")
 
-    def draw(self, ids: Tensor, key: Key) -> Tensor:
+    def draw(self, ids: Tensor, key: Key, state: State) -> Tensor:
         """i mod n_m."""
         return ids % len(self.modes)
 
@@ -98,8 +129,8 @@ class coarse:
     T_k [s]: the round of client k on the run's fleet, predicted; T_ref: the longest with all in float32; d_k: the penalty
     a_k (1 + kappa h_k) gap of penalty.py, at its prior. lam: how many T_ref a penalty of 1 is worth; 0: the shortest round,
     and of all such the least penalty. After FedHQ (arXiv 2505.11982), its coarse stage: the idea; the formulas are ours.
-    h_k needs a histogram of labels from each client, whose bytes are not counted yet; without classes h_k = 0.
-    Errors: `UnknownName`, `ConfigError`.
+    h_k needs a histogram of labels from each client, sent once and counted; with kappa = 0, or without classes, h_k = 0 and
+    nothing is sent. Errors: `UnknownName`, `ConfigError`.
     """
 
     modes: tuple[str, ...] = ("ptq3", "qat3")
@@ -107,14 +138,50 @@ class coarse:
     kappa: float = 1.0
 
     def __post_init__(self) -> None:
-        runnable(self.modes, "precision.modes")
-        for name in ("lam", "kappa"):
-            value = getattr(self, name)
-            require(0 <= value < float("inf"), f"precision.{name}: a number of at least 0; got {value}")
+        _check(self)
 
-    def draw(self, ids: Tensor, key: Key) -> Tensor:
+    def draw(self, ids: Tensor, key: Key, state: State) -> Tensor:
         """Errors: `ConfigError`; an experiment plays the allocation as `fixed` (experiment/allocation.py)."""
         raise ConfigError("precision = coarse is decided from the fleet and data of an experiment: use taciturn.run")
+
+
+@dataclass(frozen=True, slots=True)
+class coarse_fine:
+    """`coarse` at first; then each round the best modes of its cohort, by what earlier rounds have taught (adjust.py).
+
+    Every upload carries three numbers: the rise of the client's loss from quantizing its model (its gap), that loss, and
+    how far it moved; the server sees when each arrives. Two regressions a mode learn the gap and the time. After `settle`
+    rounds the modes of a cohort change where J then falls by over 2 %, and clients that have time to spare try what
+    little is known of: it costs no time. lam doubles while the deployed model gets worse, and halves where rounds take too
+    long. After FedHQ (arXiv 2505.11982), its fine stage: the idea; formulas, rules and constants are ours.
+    Errors: `UnknownName`, `ConfigError`.
+    """
+
+    modes: tuple[str, ...] = ("ptq3", "qat3")
+    lam: float = 1.0
+    kappa: float = 1.0
+    settle: int = 5
+
+    def __post_init__(self) -> None:
+        _check(self)
+        require(deployed_bits(self) > 0, f"precision.modes: one with bits at least, to learn its gap; got {self.modes}")
+        require(self.settle >= 1, f"precision.settle: rounds, at least 1; got {self.settle}")
+
+    @property
+    def start(self) -> coarse:
+        """The policy of the first rounds."""
+        return coarse(self.modes, self.lam, self.kappa)
+
+    def draw(self, ids: Tensor, key: Key, state: State) -> Tensor:
+        """Errors: `ConfigError`; an experiment plays it as `adjusted` (experiment/allocation.py)."""
+        raise ConfigError("precision = coarse_fine begins with the fleet and data of an experiment: use taciturn.run")
+
+
+def _check(policy: coarse | coarse_fine) -> None:
+    runnable(policy.modes, "precision.modes")
+    for name in ("lam", "kappa"):
+        value = getattr(policy, name)
+        require(0 <= value < float("inf"), f"precision.{name}: a number of at least 0; got {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +203,7 @@ class random:
             f"precision.share: a positive number for each of {len(self.modes)} modes, 1 in all; got {self.share}",
         )
 
-    def draw(self, ids: Tensor, key: Key) -> Tensor:
+    def draw(self, ids: Tensor, key: Key, state: State) -> Tensor:
         """Places in a random order, cut at M times the running sum of the shares."""
         n = len(self.modes)
         share = torch.tensor(self.share or [1 / n] * n, dtype=torch.float64)
