@@ -25,6 +25,7 @@ FLOORS = [
     {"tasks"},
     {"experiment"},
     {"advisor", "report"},
+    {"compare"},
     {"__init__"},
     {"cli"},
 ]

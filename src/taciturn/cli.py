@@ -1,4 +1,4 @@
-"""taciturn ls | show | run | advise | report | profile.
+"""taciturn ls | show | run | compare | advise | report | profile.
 
 Exit codes: 0 done; 1 the run failed (its last checkpoint is kept); 2 wrong input (a name, a value, data, a model);
 3 the run folder cannot be used (locked, another version, disk full); 130 interrupted (resume with --resume).
@@ -19,9 +19,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from taciturn.advisor import STUDIES, parse_bytes, split_list
+from taciturn.advisor import STUDIES, parse_bytes
 from taciturn.advisor import advise as advise_on
 from taciturn.advisor import show as show_advice
+from taciturn.compare import compare, parse_vary
+from taciturn.compare.shown import comparison, progress
 from taciturn.core.errors import AllClientsFailed, ConfigError, RunError, TaciturnError, unknown
 from taciturn.core.state import write_atomic
 from taciturn.experiment import config
@@ -31,6 +33,7 @@ from taciturn.experiment.recipes import RECIPES, check_data, recipe
 from taciturn.experiment.record import read_header
 from taciturn.experiment.runner import Interrupted
 from taciturn.experiment.runner import run as run_experiment
+from taciturn.experiment.spelled import split_list
 from taciturn.fleet import Fleet, Measured, Profile, measure
 from taciturn.fleet.fleets import FLEETS, MBIT
 from taciturn.fleet.machine import PATIENCE
@@ -158,6 +161,50 @@ def _fresh(path: Path, holds: str = "run.json") -> Path:
         number += 1
         place = path.with_name(f"{path.name}.{number}")
     return place
+
+
+@app.command("compare")
+def compare_methods(
+    source: Source,
+    vary: Annotated[list[str] | None, typer.Option(help="path=value,value: method.* makes methods, else scenarios")] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each, with other seeds")] = 3,
+    rounds: Annotated[int | None, typer.Option(help="rounds of each run")] = None,
+    tune: Annotated[str, typer.Option(help="a setting, or setting=value,value: the best for each method")] = "",
+    target: Annotated[
+        float | None, typer.Option(help="level of the metric to reach; else 0.98 of the first's best")
+    ] = None,
+    budget_minutes: Annotated[float | None, typer.Option(help="begin no run after so many minutes")] = None,
+    processes: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="folder; the same goes on (default: runs/compare-NAME)")
+    ] = None,
+    settings: Settings = None,
+    data: Data = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
+) -> None:
+    """Run methods side by side on one task: a table, a report, and files of both."""
+    experiment = _experiment(source, settings, data, rounds=rounds)
+    check_data(experiment, source)
+    place = folder or Path("runs") / f"compare-{experiment.name}"
+    with progress(err, as_json) as told:
+        outcome = compare(
+            config.to_table(experiment),
+            [parse_vary(text) for text in vary or []],
+            tune=(parse_vary(tune, "--tune") if "=" in tune else tune) or None,
+            out=place,
+            seeds=seeds,
+            target=target,
+            budget_minutes=budget_minutes,
+            processes=processes,
+            told=told,
+        )
+    if as_json:
+        print(json.dumps({"rows": outcome.rows, "missing": outcome.missing}))
+        return
+    out.print(comparison(outcome.rows))
+    for gap in outcome.missing:
+        err.print(escape(f"{gap['run']}: {gap['why']}"), soft_wrap=True)
+    out.print(escape(str(place / "report.html")), soft_wrap=True)
 
 
 @app.command()

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from advisor.toys import experiment, least_squares
 from taciturn import aggregation, codecs, recipe, server
-from taciturn.advisor import advise, candidates, parse_bytes, show, split_list
+from taciturn.advisor import advise, candidates, parse_bytes, show
 from taciturn.advisor.advice import CANDIDATES, parse_codec, tie
 from taciturn.advisor.rank import Forecast
 from taciturn.cli import app, main
 from taciturn.core.errors import ConfigError, TaciturnError, UnknownName
 from taciturn.experiment import config
+from taciturn.experiment.spelled import split_list
 from taciturn.partition import layers
 
 runner = CliRunner()

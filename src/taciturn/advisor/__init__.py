@@ -3,7 +3,7 @@
 Closed forms, exact recursions and simulations of averaged compressed SGD: problems, theory, study. Advice: advice.py.
 """
 
-from taciturn.advisor.advice import Advice, advise, candidates, order, parse_bytes, show, split_list, tie
+from taciturn.advisor.advice import Advice, advise, candidates, order, parse_bytes, show, tie
 from taciturn.advisor.law import law_of
 from taciturn.advisor.pilot import Pilot, run_pilot
 from taciturn.advisor.problems import LeastSquares
@@ -27,7 +27,6 @@ __all__ = [
     "parse_bytes",
     "run_pilot",
     "show",
-    "split_list",
     "tie",
     "weigh",
 ]

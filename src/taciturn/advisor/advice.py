@@ -27,6 +27,7 @@ from taciturn.core import random
 from taciturn.core.errors import ConfigError, require
 from taciturn.experiment.config import PARTS, build_part, from_table, to_table
 from taciturn.experiment.experiment import Experiment
+from taciturn.experiment.spelled import spelled
 
 CLOSE = 0.01
 CANDIDATES: dict[str, str] = {
@@ -60,50 +61,13 @@ LIMITS = (
 
 def parse_codec(text: str, where: str = "--codecs") -> Any:
     """ "rotated(codec=quantize(bits=4), block=64)" -> the codec. Errors: `UnknownName`, `ConfigError`."""
-    return build_part("codec", _table(text.strip(), where), where)
-
-
-def _table(text: str, where: str) -> Any:
-    name, bracket, rest = text.partition("(")
-    if not bracket:
-        return {"name": name}
-    require(rest.endswith(")"), f"{where}: {text!r} lacks a closing bracket; write for example quantize(bits=4)")
-    table: dict[str, Any] = {"name": name.strip()}
-    for piece in split_list(rest[:-1]):
-        field, sign, raw = piece.partition("=")
-        require(bool(sign), f"{where}: {piece!r} in {text!r}; write field=value, for example quantize(bits=4)")
-        raw = raw.strip()
-        nested = "(" in raw or raw in PARTS["codec"]
-        table[field.strip()] = _table(raw, where) if nested else _literal(raw)
-    return table
-
-
-def _literal(raw: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(raw)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(raw, raw.strip("'\""))
-
-
-def split_list(text: str) -> list[str]:
-    """ "a,b(c=1,d=2)" -> ["a", "b(c=1,d=2)"]: commas outside brackets."""
-    pieces, depth, now = [], 0, ""
-    for char in text:
-        depth += {"(": 1, ")": -1}.get(char, 0)
-        if char == "," and depth == 0:
-            pieces.append(now)
-            now = ""
-        else:
-            now += char
-    return [piece.strip() for piece in (*pieces, now) if piece.strip()]
+    return build_part("codec", spelled(text, where), where)
 
 
 def candidates(names: Sequence[str] | None) -> dict[str, Any]:
     """Codecs by label: CANDIDATES that this version has, or those asked for (labels, or as `parse_codec` reads them)."""
     if names is None:
-        known = {label: text for label, text in CANDIDATES.items() if _table(text, "")["name"] in PARTS["codec"]}
+        known = {label: text for label, text in CANDIDATES.items() if text.partition("(")[0] in PARTS["codec"]}
         return {label: parse_codec(text) for label, text in known.items()}
     require(len(names) > 0, "--codecs: name at least one codec, for example quantize8,rand_k(share=0.25)")
     return {name: parse_codec(CANDIDATES.get(name, name)) for name in names}

@@ -76,7 +76,7 @@ def hybrid_fleet(path: str) -> Experiment:
     method = Method(participation=participation.uniform(count=8), solver=solvers.sgd(lr=0.1), sync=sync.every(epochs=2))
     codec = error_feedback(quantize(bits=3, rounding="nearest", scale="channel"))
     method = method.replace(codec=codec, broadcast=Broadcast(quantize8("block")), batch_size=20)
-    method = method.replace(precision=precision.coarse(modes=("ptq3", "qat3")))
+    method = method.replace(precision=precision.coarse_fine(modes=("ptq3", "qat3")))
     return Experiment(task, method, rounds=25, name="hybrid-fleet", fleet="mixed", checkpoint_every=5)
 
 

@@ -137,7 +137,7 @@ def run(
             state.engine.clients.create(folder.path)
             return _loop(state, folder.header(), folder, callbacks)
         header = folder.header()
-        _same_experiment(header["experiment"], to_table(experiment), folder.path)
+        same_experiment(header["experiment"], to_table(experiment), folder.path)
         state = prepare(experiment, header, **faults)
         _restore(state, folder)
         return _loop(state, header, folder, callbacks)
@@ -330,7 +330,8 @@ def _header(run: _Run) -> dict[str, Any]:
     }
 
 
-def _same_experiment(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def same_experiment(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Errors: `RunError` where a run folder holds a run of another configuration; `MAY_DIFFER` aside."""
     changed = [k for k in {*before, *now} if k not in MAY_DIFFER and before.get(k) != now.get(k)]
     if changed:
         raise RunError(
