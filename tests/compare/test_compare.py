@@ -161,3 +161,13 @@ def test_the_command(tmp_path):
     assert [row["method"] for row in json.loads(result.stdout)["rows"]] == ["identity", "quantize4"]
     again = CliRunner().invoke(app, [*arguments, "--set", "data.clients=4", "--out", str(tmp_path)])
     assert again.exit_code == 0 and "quantize4" in again.output
+
+
+def test_a_report_holds_each_scenario_to_its_own_target(tmp_path):
+    found = compare(TABLE, [CODECS, ALPHAS], out=tmp_path, seeds=1)
+    rows = taciturn.report.summary([taciturn.report.read_run(folder) for folder in found.folders])
+    assert [row["scenario"] for row in rows] == ["alpha=0.1"] * 2 + ["alpha=1.0"] * 2
+    assert [row["baseline"] for row in rows] == ["identity, alpha=0.1"] * 2 + ["identity, alpha=1.0"] * 2
+    assert [row["target"] for row in rows] == [row["target"] for row in found.rows]
+    page = (tmp_path / "report.html").read_text()
+    assert "where alpha=0.1;" in page and "where alpha=1.0" in page

@@ -29,8 +29,8 @@ from taciturn.report.plot import Figure
 from taciturn.report.read import Run, read_run
 from taciturn.report.tables import (
     Method,
+    baselines,
     by_kind,
-    common_target,
     human_bytes,
     human_seconds,
     is_fraction,
@@ -64,8 +64,10 @@ def write_report(folders: Sequence[Path], out: Path, target: float | None = None
 
 def render(runs: Sequence[Run], target: float | None = None) -> str:
     """The page as text. Raises `RunError` as `tables.methods` does."""
-    groups, rows, goal = methods(runs), summary(runs, target), common_target(runs, target)
-    fraction = is_fraction(runs)
+    groups, rows, fraction = methods(runs), summary(runs, target), is_fraction(runs)
+    first = {row["name"]: row for row in rows}
+    goals = list(dict.fromkeys(row["target"] for row in rows))
+    goal = goals[0] if len(goals) == 1 else None
     plots = (
         figures(groups, goal)
         + timeline_figures(groups)
@@ -78,8 +80,8 @@ def render(runs: Sequence[Run], target: float | None = None) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         title=_title([group.label for group in groups]),
-        sentences=[sentence(row, rows[0], fraction) for row in rows],
-        target=None if goal is None else value_text(goal, runs[0].metric, fraction),
+        sentences=[sentence(row, first[row["baseline"]], fraction) for row in rows],
+        target=_target_text(rows, fraction),
         target_source=_target_source(runs, target),
         table=table(rows, fraction),
         measured_on=list(dict.fromkeys(str(run.header.get("measured_on") or "") for run in runs)),
@@ -88,7 +90,7 @@ def render(runs: Sequence[Run], target: float | None = None) -> str:
         figure_data=embed(plots),
         left_out=left_out(groups),
         ledgers=[(group.label, ledger(group), ledger_note(group)) for group in groups],
-        methods=[details(group, groups[0]) for group in groups],
+        methods=[details(group, baselines(groups)[group.scenario]) for group in groups],
         plotly_js=plotly.offline.get_plotlyjs(),
     )
 
@@ -164,12 +166,23 @@ def sentence(row: Mapping[str, Any], first: Mapping[str, Any], fraction: bool) -
     return f"{text}, {abs(100 * saved):.0f}\u00a0% {'less' if saved > 0 else 'more'} than {first['name']}."
 
 
+def _target_text(rows: Sequence[Mapping[str, Any]], fraction: bool) -> str | None:
+    """The target, or that of each scenario; None if there is none."""
+    found = {row["scenario"]: row["target"] for row in rows if row["target"] is not None}
+    if not found:
+        return None
+    if len(set(found.values())) == 1:
+        return value_text(next(iter(found.values())), rows[0]["metric"], fraction)
+    return "; ".join(f"{value_text(value, rows[0]['metric'], fraction)} where {name}" for name, value in found.items())
+
+
 def _target_source(runs: Sequence[Run], target: float | None) -> str:
     if target is not None:
         return "given for this report"
     if runs[0].target is not None:
         return f"named by the configuration of {runs[0].name}"
-    return f"2\u00a0% worse than the best of {runs[0].name}, seed {runs[0].seed}"
+    firsts = dict.fromkeys((group.runs[0].name, group.runs[0].seed) for group in baselines(methods(runs)).values())
+    return f"2\u00a0% worse than the best of {' and '.join(f'{name}, seed {seed}' for name, seed in reversed(firsts))}"
 
 
 # Tables --------------------------------------------------------------------------------------------------------------

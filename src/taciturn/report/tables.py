@@ -3,8 +3,9 @@
 Symbols and units:
     target      a value of the metric; a run reaches it in its first evaluated round at least as good
     bytes       up + down, payload + frame, without evaluation; 1 kB = 1000 B
-    baseline    the first run given (with its other seeds)
     method      the runs of one name and configuration; several seeds give a mean and a sample standard deviation
+    scenario    the runs on one and the same data, by their configurations; it has a target and a baseline of its own
+    baseline    the first method given of a scenario
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ SLACK = 0.02  # the default target is this fraction worse than the baseline's be
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """The runs of one name, one for each seed; `label` is unique in a report."""
+    """The runs of one name, one for each seed; `label` is unique in a report; `scenario` is "" where there is only one."""
 
     label: str
     runs: tuple[Run, ...]
+    scenario: str = ""
+
+    @property
+    def short(self) -> str:
+        """The label without the name of the scenario."""
+        return self.label.removesuffix(f", {self.scenario}") if self.scenario else self.label
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +225,21 @@ def methods(runs: Sequence[Run]) -> list[Method]:
         name, folder = group[0].name, group[0].path.resolve().name
         label = name if names.count(name) == 1 else f"{name} ({folder})"
         labels.append(label if label not in labels else f"{label} #{len(labels) + 1}")
-    return [Method(label, tuple(group)) for label, group in zip(labels, groups, strict=True)]
+    told = scenarios([group[0] for group in groups])
+    return [Method(label, tuple(group), found) for label, group, found in zip(labels, groups, told, strict=True)]
+
+
+def scenarios(runs: Sequence[Run]) -> list[str]:
+    """What each run's data are, in the settings of [data] that differ between them: "alpha=0.1"; "" if none does."""
+    flats = [{key: value for key, value in settings(run).items() if key.startswith("data.")} for run in runs]
+    keys = [key for key in dict.fromkeys(key for flat in flats for key in flat) if key.rpartition(".")[2] != "seed"]
+    differ = [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
+    return [", ".join(f"{key.rpartition('.')[2]}={flat.get(key)}" for key in differ) for flat in flats]
+
+
+def baselines(groups: Sequence[Method]) -> dict[str, Method]:
+    """The first method of each scenario."""
+    return {group.scenario: group for group in reversed(groups)}
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -277,43 +298,45 @@ def _ratio(method: Method, baseline: Method, target: float | None) -> tuple[floa
 
 
 def summary(runs: Sequence[Run], target: float | None = None) -> list[dict[str, Any]]:
-    """One row a method, the baseline first; every number is a mean over its seeds, `left_out` a sum.
+    """One row a method, in the order given; every number is a mean over its seeds, `left_out` a sum.
 
-    Keys: name, seeds, metric, goal, target, reached (seeds that reached it), final, best, final_error, worst_decile,
-    rounds, rounds_to_target, bytes_up, bytes_down, bytes_to_target, simulated and simulated_to_target (seconds), ratio
-    (bytes to target, baseline / ours) and ratio_reason (why it is None), traffic_saved and traffic_saved_basis ("to the
-    target" or "whole run"), seconds, left_out, spread (key -> standard deviation over seeds). None: not reached or not
-    measured, by one seed at least.
+    Keys: name, scenario, baseline (its name), seeds, metric, goal, target, reached (seeds that reached it), final, best,
+    final_error, worst_decile, rounds, rounds_to_target, bytes_up, bytes_down, bytes_to_target, simulated and
+    simulated_to_target (seconds), ratio (bytes to target, baseline / ours) and ratio_reason (why it is None),
+    traffic_saved and traffic_saved_basis ("to the target" or "whole run"), seconds, left_out, spread (key -> standard
+    deviation over seeds). None: not reached or not measured, by one seed at least.
     Raises `RunError` as `methods` does.
     """
     groups = methods(runs)
-    goal = common_target(runs, target)
-    fraction = is_fraction(runs)
+    first, fraction = baselines(groups), is_fraction(runs)
+    goals = {scenario: common_target(group.runs, target) for scenario, group in first.items()}
     measures: dict[str, Callable[[Run], float | None]] = {
         "final": final,
         "best": best,
         "final_error": final_error if fraction else final,
         "worst_decile": worst_decile,
         "rounds": lambda run: int(run.rounds[-1]["round"]),
-        "rounds_to_target": lambda run: rounds_to(run, goal),
+        "rounds_to_target": lambda run: rounds_to(run, row["target"]),
         "bytes_up": lambda run: run.bytes_up,
         "bytes_down": lambda run: run.bytes_down,
-        "bytes_to_target": lambda run: bytes_to(run, goal),
+        "bytes_to_target": lambda run: bytes_to(run, row["target"]),
         "simulated": lambda run: run.simulated,
-        "simulated_to_target": lambda run: seconds_to(run, goal),
+        "simulated_to_target": lambda run: seconds_to(run, row["target"]),
         "seconds": lambda run: run.seconds,
     }
-    rows = []
+    rows, row = [], dict[str, Any]()
     for group in groups:
-        row: dict[str, Any] = {"name": group.label, "seeds": [run.seed for run in group.runs], "spread": {}}
+        baseline, goal = first[group.scenario], goals[group.scenario]
+        row = {"name": group.label, "scenario": group.scenario, "baseline": baseline.label}
+        row |= {"seeds": [run.seed for run in group.runs], "spread": {}}
         row |= {"metric": runs[0].metric, "goal": runs[0].goal, "target": goal}
         row["reached"] = sum(rounds_to(run, goal) is not None for run in group.runs)
         for key, measure in measures.items():
             row[key], spread = mean_spread([measure(run) for run in group.runs])
             if spread is not None:
                 row["spread"][key] = spread
-        row["ratio"], row["ratio_reason"] = _ratio(group, groups[0], goal)
-        saved = traffic_saved(group.runs, groups[0].runs, goal)
+        row["ratio"], row["ratio_reason"] = _ratio(group, baseline, goal)
+        saved = traffic_saved(group.runs, baseline.runs, goal)
         row["traffic_saved"], row["traffic_saved_basis"] = saved.fraction, saved.basis
         row["left_out"] = sum(left_out(run) for run in group.runs)
         rows.append(row)
