@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from taciturn import codecs
 from taciturn.core import random
 from taciturn.core.broadcast import SNAPSHOT, Broadcast
-from taciturn.core.errors import WireError
+from taciturn.core.errors import MethodError, WireError
 from taciturn.core.state import clone, equal
 from taciturn.core.vector import Layout
 from taciturn.wire import nbytes
@@ -259,3 +259,23 @@ def test_a_change_of_few_values_catches_up(lossless):
     assert errors[100:].max() < 0.25 * path[100:].norm(dim=1).min()
     assert errors[-50:].max() < 1.5 * errors[50:100].max()
     assert float((path[-50:] - lossless[-50:]).norm(dim=1).mean() / lossless[-50:].norm(dim=1).mean()) < 0.25
+
+
+def test_a_known_start_is_never_sent_and_all_hold_the_same():
+    """Newcomers of every round, who hold the first x, end with what the server says; far behind, by a snapshot."""
+    way, x0 = Broadcast(Largest(k=1), "change", "known"), random.normal(random.key(7), D)
+    cast, x, seen = None, x0, set()
+    for source in range(30):
+        cast = way.publish(x, source, cast, LAYOUT, random.key(source))
+        frames = way.frames(cast, -1)
+        held = {"x": x0}
+        for frame in frames:
+            held = way.apply(held, frame, LAYOUT)
+        assert equal(held, cast.held)
+        seen.add("snapshot" if frames and SNAPSHOT in frames[0] else len(frames))
+        assert sum(int(nbytes(frame)) for frame in frames) <= 4 * D + 1
+        x = x + random.normal(random.fold(random.key(8), source), D)
+    assert {0, 1, 2, "snapshot"} <= seen and way.frames(way.publish(x0, 0, None, LAYOUT, random.key(0)), -1) == []
+    assert [SNAPSHOT in frame for frame in way.frames(cast, cast.version + 5)] == [True], "a server that was put back"
+    with pytest.raises(MethodError, match=r'start = "known"'):
+        Broadcast(codecs.identity(), "model", "known")

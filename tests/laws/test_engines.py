@@ -80,6 +80,7 @@ COMPRESSED = {f"codec-{name}": {"codec": codec} for name, codec in COMPRESSED.it
     "down-quantize8": {"broadcast": Broadcast(codecs.quantize8(), "change"), "codec": codecs.quantize8()},
     "down-quantize8-model": {"broadcast": Broadcast(codecs.quantize8())},
     "down-sparsify": {"broadcast": Broadcast(codecs.sparsify(p=0.9), "change")},
+    "down-known": {"broadcast": Broadcast(codecs.sparsify(p=0.3), "change", "known"), "codec": codecs.quantize8()},
     "averaged": {"server": server.averaged(server.momentum(lr=0.5))},
 }
 TWINS = {"partition": partition.twins()}

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from taciturn.core.errors import WireError
+from taciturn.core.errors import MethodError, WireError, require
 from taciturn.core.merges import frame_of, is_base, lacking, logged, take
 from taciturn.core.payload import nbytes
 from taciturn.core.random import Key, fold
@@ -46,10 +46,24 @@ def renumbered(cast: Cast, version: int) -> Cast:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """How the model goes down: a codec, and whether it encodes the model or its change."""
+    """How the model goes down: a codec, and whether it encodes the model or its change.
+
+    start, of changes: "sent", a newcomer is sent the model; "known", it has built the first one itself, from the seed or
+    the checkpoint that the experiment names, and is sent the changes since, or a snapshot if that is smaller. Errors:
+    `ConfigError`; `MethodError` for a known start of whole models.
+    """
 
     codec: Codec
     of: Literal["model", "change"] = "model"
+    start: Literal["sent", "known"] = "sent"
+
+    def __post_init__(self) -> None:
+        require(self.of in ("model", "change"), f"method.broadcast.of: model or change; got {self.of!r}")
+        require(self.start in ("sent", "known"), f"method.broadcast.start: sent or known; got {self.start!r}")
+        if self.start == "known" and self.of == "model":
+            raise MethodError(
+                'method.broadcast: start = "known" needs of = "change"; of = "model" sends all of it each time'
+            )
 
     def publish(
         self,
@@ -126,12 +140,13 @@ class Broadcast:
         if "base" in cast.held:
             base = lacking(cast.merges, cast.held["base"], cast.version, since)
             return [*base, *(payload for _, payload in cast.log)]  # one frame: who merges trains all that it holds
-        if since > cast.version:  # acknowledged to a server that was put back to an older checkpoint
-            since = -1
-        missing = [payload for version, payload in cast.log if version > since]
-        if self.of == "model" or (since >= 0 and len(missing) == cast.version - since):
+        behind = since <= cast.version  # else acknowledged to a server that was put back to an older checkpoint
+        missing = [payload for version, payload in cast.log if version > since or not behind]
+        if self.of == "model":
             return missing
-        return [{SNAPSHOT: cast.held["x"]}]
+        first = 0 if self.start == "known" else -1  # what a receiver that was sent nothing is at
+        whole = behind and max(since, first) >= 0 and len(missing) == cast.version - max(since, first)
+        return missing if whole else [{SNAPSHOT: cast.held["x"]}]
 
     def apply(self, held: State, frame: Payload, layout: Layout, pieces: Sequence[Part] = ()) -> State:
         """What a receiver holds after one frame; server and client run this same text."""

@@ -71,6 +71,7 @@ class Post:
         self._schemas: dict[str, Schema] = {}  # by way and id, to introduce them again after a restart
         self._apart = copies
         self._newcomer: State = {"base": base.views(x0.new_zeros(base.d))} if base.names else {}
+        self._newcomer |= {"x": x0} if broadcast.start == "known" else {}
         self._pieces = pieces_of(layout, kinds)
         kept = copies and (broadcast.of == "change" or self._newcomer or self._pieces)
         self._copies = clients.table("copy", {"x": x0} | self._newcomer) if kept else None
