@@ -44,7 +44,7 @@ def allocated(method: Method, work: Work, task: BuiltTask, times: Times, key: Ke
     *seconds, reference = (predicted(method, work, sizes, times, key, knobs) for knobs in (*each, plain))
     cost = penalties(method.aggregator.weigh(sizes), divergence(labels(task)), modes, kappa=policy.kappa)
     found = allocate.coarse(torch.stack(seconds, 1), cost, policy.lam, float(reference.max()))
-    return method.replace(precision=fixed(tuple(policy.modes[i] for i in found.modes.tolist())))
+    return method.replace(precision=fixed(tuple(policy.modes[i] for i in found.modes.tolist()), policy.inputs))
 
 
 def predicted(method: Method, work: Work, sizes: Tensor, times: Times, key: Key, knobs: State) -> Tensor:

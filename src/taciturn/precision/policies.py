@@ -1,7 +1,8 @@
 """Which client trains in which mode: rules that need no history. Client code sees the result as numbers, not as branches.
 
-Symbols: M clients of the cohort; ids [M]; n_m modes; knobs {name: [M] uint8}: "train", L of the weights in the forward pass
-(0: float), and "send", L of the upload where the codec quantizes (0: as it is set).
+Symbols: M clients of the cohort; ids [M]; n_m modes; knobs {name: [M] uint8}, in the forward pass (forward.py) "train", L of
+the weights, "inputs", L of the layers' inputs, and "bfloat16", 1 where products are in it; "send", L of the upload where
+the codec quantizes. 0: off (float; as the codec is set).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from taciturn.core.errors import ConfigError, require
 from taciturn.core.random import Key, fold, permutation
 from taciturn.core.state import State
-from taciturn.precision.modes import runnable
+from taciturn.precision.modes import levels, runnable
 
 
 class Policy(Protocol):
@@ -26,13 +27,18 @@ class Policy(Protocol):
         """The modes that clients may get."""
         ...
 
+    @property
+    def inputs(self) -> int:
+        """Bits of the layers' inputs, in training of the modes qat and in the deployed model; 0: float."""
+        ...
+
     def draw(self, ids: Tensor, key: Key) -> Tensor:
         """Of each client of a cohort, the number of its mode: [M] int64."""
         ...
 
 
 def knobs(policy: Policy, ids: Tensor, key: Key) -> State:
-    """What clients are told: of "train" and "send" those that differ from 0 for some mode; {} where all is float."""
+    """What clients are told: the knobs that differ from 0 for some mode; {} where all is float."""
     table = told(policy)
     drawn = policy.draw(ids, fold(key, "precision")) if table else ids
     return {name: row[drawn] for name, row in table.items()}
@@ -40,14 +46,21 @@ def knobs(policy: Policy, ids: Tensor, key: Key) -> State:
 
 def told(policy: Policy) -> State:
     """The knobs of each mode: {name: [n_m] uint8}, those that differ from 0 for some mode."""
-    found = runnable(policy.modes, "precision.modes")
-    table = {"train": [one.trained for one in found], "send": [one.sent for one in found]}
+    found, inputs = runnable(policy.modes, "precision.modes"), levels(policy.inputs)
+    table = {
+        "train": [one.trained for one in found],
+        "send": [one.sent for one in found],
+        "inputs": [inputs if one.trained else 0 for one in found],
+        "bfloat16": [int(one.train == "bfloat16") for one in found],
+    }
     return {name: torch.tensor(row, dtype=torch.uint8) for name, row in table.items() if any(row)}
 
 
-def trains(policy: Policy) -> bool:
-    """True if some client's forward pass is quantized."""
-    return "train" in told(policy)
+def apart(policy: Policy) -> str:
+    """What keeps clients from training layer by layer in float32, or ""."""
+    table = told(policy)
+    where = [said for knob, said in (("train", "on quantized weights"), ("bfloat16", "in bfloat16")) if knob in table]
+    return f"clients train {' or '.join(where)}" if where else ""
 
 
 def deployed_bits(policy: Policy) -> int:
@@ -55,14 +68,22 @@ def deployed_bits(policy: Policy) -> int:
     return min((one.bits for one in runnable(policy.modes, "precision.modes") if one.bits), default=0)
 
 
+def _check(policy: Policy, where: str = "precision.modes") -> None:
+    """Errors: `UnknownName`, `ConfigError`."""
+    runnable(policy.modes, where)
+    bits = policy.inputs
+    require(bits == 0 or 2 <= bits <= 8, f"precision.inputs: 2 to 8 bits for the inputs of layers, or 0; got {bits}")
+
+
 @dataclass(frozen=True, slots=True)
 class all:
-    """Every client in the same mode. Errors: `UnknownName`."""
+    """Every client in the same mode. inputs: bits, as in `Policy`. Errors: `UnknownName`, `ConfigError`."""
 
     mode: str = "float32"
+    inputs: int = 0
 
     def __post_init__(self) -> None:
-        runnable((self.mode,), "precision.mode")
+        _check(self, "precision.mode")
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -78,13 +99,14 @@ class all:
 class fixed:
     """Client i in mode modes[i mod n_m], in every round; one name for each client plays an allocation (allocate.py).
 
-    Errors: `UnknownName`.
+    inputs: bits, as in `Policy`. Errors: `UnknownName`, `ConfigError`.
     """
 
     modes: tuple[str, ...] = ("ptq8", "qat8")
+    inputs: int = 0
 
     def __post_init__(self) -> None:
-        runnable(self.modes, "precision.modes")
+        _check(self)
 
     def draw(self, ids: Tensor, key: Key) -> Tensor:
         """i mod n_m."""
@@ -99,15 +121,17 @@ class coarse:
     a_k (1 + kappa h_k) gap of penalty.py, at its prior. lam: how many T_ref a penalty of 1 is worth; 0: the shortest round,
     and of all such the least penalty. After FedHQ (arXiv 2505.11982), its coarse stage: the idea; the formulas are ours.
     h_k needs a histogram of labels from each client, whose bytes are not counted yet; without classes h_k = 0.
-    Errors: `UnknownName`, `ConfigError`.
+    A client gets no mode that its device has no kernel for. inputs: bits, as in `Policy`. Errors: `UnknownName`,
+    `ConfigError`.
     """
 
     modes: tuple[str, ...] = ("ptq3", "qat3")
     lam: float = 1.0
     kappa: float = 1.0
+    inputs: int = 0
 
     def __post_init__(self) -> None:
-        runnable(self.modes, "precision.modes")
+        _check(self)
         for name in ("lam", "kappa"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), f"precision.{name}: a number of at least 0; got {value}")
@@ -121,14 +145,16 @@ class coarse:
 class random:
     """In each round a random part of the cohort in each mode: round(M share) clients, up to rounding of the sums.
 
-    share: of each mode, positive, of sum 1; equal unless given. Errors: `UnknownName`, `ConfigError`.
+    share: of each mode, positive, of sum 1; equal unless given. inputs: bits, as in `Policy`. Errors: `UnknownName`,
+    `ConfigError`.
     """
 
     modes: tuple[str, ...] = ("ptq8", "qat8")
     share: tuple[float, ...] | None = None
+    inputs: int = 0
 
     def __post_init__(self) -> None:
-        runnable(self.modes, "precision.modes")
+        _check(self)
         share = self.share or ()
         good = len(share) == len(self.modes) and min(share) > 0 and abs(sum(share) - 1) < 1e-6
         require(
