@@ -2,8 +2,8 @@
 
 Symbols: x [d] the model the client holds; y [d], v [p], b [q] its local shared parameters, personal parameters and
 tracked buffers; own = what it keeps between rounds {v, b, solver, tx, steps}, and the knobs that it is told in this one, if
-any (precision/policies.py, [] each); local = what it keeps within a round {solver: {y, v, ..}, b, start [d], done [], loss [], knobs};
-key [] of this client; t [] its persistent step counter.
+any ([] each, precision/policies.py); local = what it keeps within a round {solver: {y, v, ..}, b, start [d], done [], loss
+[], knobs}; key [] of this client; t [] its persistent step counter.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Who trains in which mode, decided before the first round: times of the run's clock against penalties of the data.
 
-    T_k(m) = bytes down / down + steps (step + extra 1{qat}) + bytes up(m) / up + latency
+    T_k(m) = bytes down / down + steps step(m) + bytes up(m) / up + latency        inf: no kernel for m on the device of k
 
-with the bytes of a round's messages, headers included, without what is sent once; steps: those that the sync rule plans
-for the client, at most. It is a function of the experiment alone, so a resumed run finds the same. After FedHQ (arXiv
-2505.11982), its coarse stage: the idea; the formulas are ours.
+with step(m) as counted in that mode, and the bytes of a round's messages, headers included, without what is sent once;
+steps: those that the sync rule plans for the client, at most. It is a function of the experiment alone, so a resumed run
+finds the same. After FedHQ (arXiv 2505.11982), its coarse stage: the idea; the formulas are ours.
 
 Symbols: N clients; n_m modes; C classes; T [N, n_m] seconds.
 """
@@ -38,12 +38,14 @@ def allocated(method: Method, work: Work, task: BuiltTask, times: Times, key: Ke
     if not isinstance(policy, coarse):
         return method
     modes = runnable(policy.modes, "precision.modes")
-    table = told(policy)
-    each = [{name: row[place] for name, row in table.items()} for place in range(len(modes))]
-    plain = {name: torch.zeros_like(row[0]) for name, row in table.items()}
-    *seconds, reference = (predicted(method, work, sizes, times, key, knobs) for knobs in (*each, plain))
+    knobs = told(policy)
+    each = [{name: row[place] for name, row in knobs.items()} for place in range(len(modes))]
+    plain = {name: torch.zeros_like(row[0]) for name, row in knobs.items()}
+    *seconds, reference = (predicted(method, work, sizes, times, key, one) for one in (*each, plain))
     cost = penalties(method.aggregator.weigh(sizes), divergence(labels(task)), modes, kappa=policy.kappa)
-    found = allocate.coarse(torch.stack(seconds, 1), cost, policy.lam, float(reference.max()))
+    can = times.fleet.has_kernels([one.dtype for one in modes])[times.clock.device]
+    table = torch.where(can, torch.stack(seconds, 1), torch.inf)
+    found = allocate.coarse(table, cost, policy.lam, float(reference.max()))
     return method.replace(precision=fixed(tuple(policy.modes[i] for i in found.modes.tolist()), policy.inputs))
 
 
@@ -58,8 +60,7 @@ def predicted(method: Method, work: Work, sizes: Tensor, times: Times, key: Key,
     stats = {"loss": split.x0.new_zeros(()), "steps": torch.zeros((), dtype=torch.int32)}
     up = _size(sent) + int(nbytes(stats))
     exchange = torch.stack([torch.full_like(steps, down), steps, torch.full_like(steps, up)])
-    clock, aware = times.clock, (knobs.get("train", torch.zeros(())) > 0).expand(len(ids))
-    return clock.arrivals(clock.phases(ids, exchange.unsqueeze(0), aware))
+    return times.clock.arrivals(times.clock.phases(ids, exchange.unsqueeze(0), times.way(knobs)))
 
 
 def labels(task: BuiltTask) -> Tensor:

@@ -1,12 +1,12 @@
 """Matrix products in bfloat16, emulated in float32: one switch, as data.
 
-    R(x) = x rounded to bfloat16 (8 bits of significand, to the nearest even), in float32        y = R(layer(R(x), R(w), R(b)))
+    y = R(layer(R(x), R(w), R(b))),   R(x) = x rounded to bfloat16 (8 bits of significand, ties to even), kept in float32
 
-and R of the gradient wherever R is passed backward: of y, x, w and b. Products of bfloat16 numbers are summed in float32, so
-this is what a layer under `torch.autocast` computes, forward and backward, up to the order of the sums. What is left out:
-autocast also lets the operators between layers (activations, residual sums) and the products inside attention round;
-their operands are results of layers, which are rounded here too. It is as slow as float32 and slower: the simulator
-gives the numerics, the clock of a fleet the time (experiment/simulated.py). Weights that are kept, and solvers, stay float32.
+and R of the gradient wherever R is passed backward: of y, x, w and b. Products of bfloat16 numbers are summed in float32,
+so this is what a layer under `torch.autocast` computes, forward and backward, up to the order of the sums. Left out: the
+operators between layers (activations, residual sums) and the products inside attention, which autocast rounds too; their
+operands are results of layers, rounded here as there. It is no faster than float32: the simulator gives the numerics, the
+clock of a fleet the time (experiment/simulated.py). The weights that are kept, and solvers, stay float32.
 
 Symbols: on [] 1 or 0 of this client; 0: R(x) = x, bit for bit. Source: Kalamkar et al., A study of bfloat16 for deep
 learning training, arXiv 1905.12322; torch.autocast's documentation for which operators.

@@ -97,6 +97,6 @@ class _Through(torch.autograd.Function):
 
 
 def through(x: Tensor, told: Tensor, ahead: Told, back: Told) -> Tensor:
-    """ahead(x, told), with the gradient back(g, told) for g of what it gives. told: numbers of this client, of any shape."""
+    """ahead(x, told), with the gradient back(g, told) for g of what it gives. told: numbers of this client."""
     found: Tensor = _Through.apply(x, told, ahead, back)  # type: ignore[no-untyped-call]
     return found

@@ -1,8 +1,8 @@
 """Which client trains in which mode: rules that need no history. Client code sees the result as numbers, not as branches.
 
-Symbols: M clients of the cohort; ids [M]; n_m modes; knobs {name: [M] uint8}, in the forward pass (forward.py) "train", L of
-the weights, "inputs", L of the layers' inputs, and "bfloat16", 1 where products are in it; "send", L of the upload where
-the codec quantizes. 0: off (float; as the codec is set).
+Symbols: M clients of the cohort; ids [M]; n_m modes; knobs {name: [M] uint8}: for the forward pass (forward.py) "train", L
+of the weights, "inputs", L of the layers' inputs, and "bfloat16", 1 where products are in it; "send", L of the upload
+where the codec quantizes. 0: off (float; as the codec is set).
 """
 
 from __future__ import annotations
