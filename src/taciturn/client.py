@@ -2,8 +2,8 @@
 
 Symbols: x [d] the model the client holds; y [d], v [p], b [q] its local shared parameters, personal parameters and
 tracked buffers; own = what it keeps between rounds {v, b, solver, tx, steps}, and the knobs that it is told in this one, if
-any {train [], send []}; local = what it keeps within a round {solver: {y, v, ..}, b, start [d], done [], loss [], knobs};
-key [] of this client; t [] its persistent step counter.
+any ([] each, precision/policies.py); local = what it keeps within a round {solver: {y, v, ..}, b, start [d], done [], loss
+[], knobs}; key [] of this client; t [] its persistent step counter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from taciturn.core.random import Key
 from taciturn.core.state import State, where
 from taciturn.core.types import Batch, Codec, Payload, Record, Solver, Split, Task
 from taciturn.core.vector import Kind, Layout, Vector
-from taciturn.precision.fake import lowered
+from taciturn.precision import forward
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,18 @@ def begin(work: Work, start: Vector, own: State) -> State:
 
 
 def step(work: Work, held: State, local: State, batch: Batch, key: Key, lr_scale: Tensor) -> State:
-    """One local step: y, v, b and the sum of losses move on; the gradient is that at Q(y), Q(v) where bits are told."""
-    split, levels = work.split, local["knobs"].get("train")
+    """One local step: y, v, b and the sum of losses move on; the forward pass is that of the precision told."""
+    split, knobs = work.split, local["knobs"]
     buffers: list[Tensor] = []
 
     def oracle(y: Vector, v: Vector, batch: Batch) -> tuple[Tensor, Vector, Vector]:
         def loss(y: Record, v: Record) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             params = work.params(held, y, v, split.buffers.views(local["b"]))
-            value = work.task.loss(params, batch, key)
+            with forward.layers(knobs):
+                value = work.task.loss(params, batch, key)
             return value, (value.detach(), split.buffers.flatten(params, local["b"].dtype).detach())
 
-        views = split.layout.views(y), split.personal.views(v)
-        views = views if levels is None else (lowered(views[0], levels), lowered(views[1], levels))
+        views = (forward.weights(part, knobs) for part in (split.layout.views(y), split.personal.views(v)))
         (g_y, g_v), (value, b) = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(*views)
         buffers.append(b)
         g = split.layout.flatten(g_y, y.dtype)

@@ -17,8 +17,9 @@ from taciturn import Experiment, Method, Task, codecs, participation, precision,
 from taciturn.core.errors import ConfigError
 from taciturn.experiment import allocation, config
 from taciturn.experiment.runner import prepare
-from taciturn.fleet import Fleet, Profile
-from taciturn.precision import cost
+from taciturn.experiment.simulated import counted, one_step
+from taciturn.fleet import Fleet, Profile, count
+from taciturn.precision.forward import KNOBS
 from taciturn.precision.modes import mode
 from taciturn.precision.penalty import divergence, penalties
 from taciturn.precision.policies import told
@@ -73,26 +74,64 @@ def test_coarse_is_the_best_of_all_assignments(lam):
 def test_the_predicted_round_is_the_round():
     """Of a client in its mode, in a round without messages that are sent once; "train" is a byte where a mode needs it."""
     for name in ("ptq3", "qat3", "ptq8"):
-        policy = precision.fixed(modes=(name,) * 3 + ("qat2",))
+        policy = precision.fixed(modes=(name,) * 3 + ("qat2",), inputs=4)
         run, result = prepare(experiment(policy)), taciturn.run(experiment(policy))
-        times, line = tables(run, precision.coarse(modes=policy.modes))[0], result.history[1]["simulated"]
+        times, line = tables(run, precision.coarse(modes=policy.modes, inputs=4))[0], result.history[1]["simulated"]
         spent = [sum(parts) for parts in zip(line["down"], line["compute"], line["up"], strict=True)]
         assert line["round"] == pytest.approx(max(spent), rel=1e-5)
         assert spent == pytest.approx([float(times[i, i]) for i in result.history[1]["cohort"]], rel=1e-5)
 
 
-def test_a_quantized_step_takes_longer_by_the_bytes_that_it_moves():
-    """One weight [40, 16] is quantized; the head has three outputs and stays float."""
-    policy = precision.fixed(modes=("ptq3", "qat3"))
-    result, plain = taciturn.run(experiment(policy)), taciturn.run(experiment(precision.all("ptq3")))
-    step = result.header["fleet"]["step_seconds"]
-    for line, other in zip(result.history, plain.history, strict=True):
+def test_a_step_takes_the_seconds_of_its_operators_in_its_mode():
+    """As counted with the knobs of the mode; of bfloat16 under autocast, its products at the device's rate for it."""
+    half = dataclasses.replace(FAST, name="half", bfloat16=4.0)
+    policy = precision.fixed(modes=("ptq3", "qat3", "bfloat16", "qat8"), inputs=8)
+    run = prepare(experiment(policy, fleet=Fleet((half, SLOW))))
+    result = taciturn.run(experiment(policy, fleet=Fleet((half, SLOW))))
+    quantizer = {"train": torch.tensor(3, dtype=torch.uint8), "inputs": torch.tensor(127, dtype=torch.uint8)}
+    plain, aware = (count(one_step(run.work, METHOD.batch_size, knobs)) for knobs in ({}, quantizer))
+    low = counted(run.work, METHOD.batch_size, [name == "bfloat16" for name in KNOBS])
+    ways = [plain, aware, low, aware]
+    for line in result.history:
         for place, i in enumerate(line["cohort"]):
-            device = line["simulated"]["device"][place]
-            q = cost.EAGER * 40 * 16 / ((FAST, SLOW)[device].bandwidth * 1e9)
-            steps = 2 * SIZES[i] // 8
-            assert line["simulated"]["compute"][place] == pytest.approx(steps * (step[device] + q * (i % 2)), rel=1e-5)
-            assert other["simulated"]["compute"][place] == pytest.approx(steps * step[device], rel=1e-5)
+            step = (half, SLOW)[line["simulated"]["device"][place]].step_seconds(ways[i])
+            assert line["simulated"]["compute"][place] == pytest.approx(2 * (SIZES[i] // 8) * step, rel=1e-5)
+    facts = result.header["fleet"]
+    assert facts["step_seconds"] == [profile.step_seconds(plain) for profile in (half, SLOW)]
+    assert facts["way_seconds"] == {
+        "train and inputs": [profile.step_seconds(aware) for profile in (half, SLOW)],
+        "bfloat16": [profile.step_seconds(low) for profile in (half, SLOW)],
+    }
+    other = taciturn.run(experiment(precision.all("ptq3"))).header["fleet"]
+    assert "way_seconds" not in other and other["step_seconds"][1] == facts["step_seconds"][1]
+
+
+def test_what_is_counted_of_a_step_in_bfloat16():
+    """Net 16-40-3, batch 8: all products in bfloat16, and only they and casts; each weight is cast there and back."""
+    run = prepare(experiment(precision.all()))
+    plain, low = (counted(run.work, METHOD.batch_size, [False, False, on]) for on in (False, True))
+    products = [[one.flops * one.times for one in found if one.flops] for found in (plain, low)]
+    assert sum(products[0]) == sum(products[1]) and {one.dtype for one in low if one.flops} == {"bfloat16"}
+    casts = sum(one.times for one in low if (one.flops, one.bytes) == (0, 40 * 16 * 6))
+    assert casts == 2, "float32 to bfloat16 before the product, and back for the gradient"
+    assert {one.dtype for one in plain} == {"float32"}
+
+
+def test_nobody_is_given_a_mode_without_its_kernel():
+    """bfloat16 is far faster where there is a kernel for it, and costs no accuracy in the prior: all get it who can."""
+    half = dataclasses.replace(FAST, name="half", bfloat16=1e3, float32=1e-3)
+    policy = precision.coarse(modes=("float32", "bfloat16"), lam=0.0)
+    run = prepare(experiment(policy, fleet=Fleet((half, dataclasses.replace(half, name="none", bfloat16=None)))))
+    want = [("bfloat16", "float32")[device] for device in run.times.clock.device.tolist()]
+    assert list(run.method.precision.modes) == want and len(set(want)) == 2
+    with pytest.raises(ConfigError, match="can run no mode"):
+        prepare(experiment(precision.coarse(modes=("bfloat16",))))
+
+
+def test_bfloat16_is_emulated_in_float32():
+    with pytest.raises(ConfigError, match=r"bfloat16 is emulated in dtype = \"float32\"; got 'float64'"):
+        prepare(experiment(precision.all("bfloat16"), dtype="float64"))
+    prepare(experiment(precision.all("qat3"), dtype="float64"))
 
 
 def test_a_deadline_counts_the_longer_step():
@@ -145,7 +184,7 @@ def test_a_resumed_run_has_the_same_allocation(tmp_path):
 
 def test_it_survives_toml_and_says_what_is_wrong():
     asked = taciturn.recipe("hybrid-fleet")
-    assert isinstance(asked.method.precision, precision.coarse)
+    assert isinstance(asked.method.precision, precision.coarse_fine)
     assert config.from_table(tomllib.loads(config.to_toml(asked))) == asked
     with pytest.raises(ConfigError, match=r"precision.lam: a number of at least 0"):
         precision.coarse(lam=-1.0)

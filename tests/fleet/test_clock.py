@@ -17,11 +17,11 @@ IDS = torch.tensor([2, 1])
 
 def clock(**fields) -> Clock:
     """Clients 0 and 1 are fast, client 2 is slow."""
-    found = Clock.of(Fleet((FAST, SLOW)), 3, STEP, random.key(0), **fields)
+    found = Clock.of(Fleet((FAST, SLOW)), 3, (STEP, STEP * 2), random.key(0), **fields)
     return Clock(torch.tensor([0, 0, 1]), *(getattr(found, f) for f in FIELDS), found.deadline, found.late)
 
 
-FIELDS = ("step", "up", "down", "latency", "availability")
+FIELDS = ("steps", "up", "down", "latency", "availability")
 ONE = torch.tensor([[[100, 100], [3, 4], [50, 50]]])  # one exchange of clients 2 and 1
 STATUS = torch.tensor([OK, OK])
 
@@ -36,6 +36,13 @@ def test_a_device_alone_costs_its_price():
     price = FAST.price(STEP)
     alone = float(clock().arrivals(clock().phases(IDS, ONE))[1])
     assert alone == price.seconds(steps=4, up=50, down=100, exchanges=1)
+
+
+def test_a_step_takes_what_its_way_takes():
+    plain, both = clock().phases(IDS, ONE), clock().phases(IDS, ONE, torch.tensor([1, 0]))
+    assert both[0, 1].tolist() == [6.0, 2.0] and torch.equal(both[:, [0, 2]], plain[:, [0, 2]])
+    assert clock(deadline=25.0).share(IDS, ONE, torch.tensor([1, 0])).tolist() == [0.0, 1.0]
+    assert clock().round(IDS, ONE, STATUS, torch.tensor([0, 1]))["compute"] == [3.0, 4.0]
 
 
 def test_the_round_ends_with_the_slowest_that_answers():
@@ -76,11 +83,11 @@ def test_a_round_with_a_late_client_lasts_until_the_deadline():
 
 
 def test_who_can_be_reached_is_a_draw_of_the_round():
-    rare = Clock.of(Fleet((Profile(availability=0.3),)), 1000, STEP, random.key(0))
+    rare = Clock.of(Fleet((Profile(availability=0.3),)), 1000, (STEP,), random.key(0))
     found = [rare.reachable(random.key(seed)) for seed in range(3)]
     assert all(230 < int(one.sum()) < 370 for one in found) and not torch.equal(found[0], found[1])
     assert torch.equal(found[0], rare.reachable(random.key(0))) and bool(clock().reachable(random.key(0)).all())
-    alone = Clock.of(Fleet((Profile(availability=0.01),)), 2, STEP, random.key(0))
+    alone = Clock.of(Fleet((Profile(availability=0.01),)), 2, (STEP,), random.key(0))
     assert all(bool(alone.reachable(random.key(seed)).any()) for seed in range(20)), (
         "the server asks until somebody is there"
     )

@@ -75,6 +75,14 @@ def test_devices_are_dealt_by_shares_and_key():
     assert Fleet().assign(3, random.key(0)).tolist() == [0, 0, 0]
 
 
+def test_a_fleet_says_who_has_kernels():
+    plain = Profile("plain", int8=3.0)
+    assert Fleet((TOY, plain)).has_kernels(("float32", "bfloat16", "int8")).tolist() == [
+        [True, True, False],
+        [True, False, True],
+    ]
+
+
 def test_a_linear_layer_is_counted():
     x, w, b = torch.ones(4, 5), torch.ones(3, 5), torch.ones(3)
     found = count(lambda: torch.nn.functional.linear(x, w, b))

@@ -16,13 +16,14 @@ from taciturn.core.errors import ConfigError
 from taciturn.core.payload import nbytes
 from taciturn.core.state import equal
 from taciturn.engines import build
+from taciturn.engines.modes import LAYERS, VMAP
 from taciturn.experiment import config
 from taciturn.method import Method
 from taciturn.precision.fake import quantized
 from taciturn.precision.policies import knobs
 from taciturn.round import plan_round, start, train
 
-MIXED = precision.fixed(modes=("float32", "qat2", "ptq3", "qat4", "qat8"))
+MIXED = precision.fixed(modes=("float32", "qat2", "ptq3", "bfloat16", "qat8"), inputs=8)
 BASE = Method(
     participation=participation.uniform(count=5), sync=sync.every(epochs=2), solver=solvers.sgd(lr=0.1), batch_size=8
 )
@@ -51,7 +52,7 @@ def test_bits_of_each_client_are_the_same_on_every_engine(codec, wide):
     wired, other, _, wire_traffic = drive(wide, method, "loopback", rounds=3)
     stacked, _, _, stacked_traffic = drive(wide, method, "stacked", rounds=3, block=3)
     assert torch.equal(alone.x, wired.x) and equal(engine.store.export(), other.store.export())
-    assert traffic == wire_traffic and traffic[0]["by_kind"]["down/plan"]["payload"] == 5 * 2
+    assert traffic == wire_traffic and traffic[0]["by_kind"]["down/plan"]["payload"] == 5 * 4
     assert stacked_traffic == traffic or codec == "lossless"
     near = 1e-6 if codec == "identity" else 1e-2  # a value may fall on the other side of the edge of a step
     assert float((alone.x - stacked.x).norm() / alone.x.norm()) <= near
@@ -62,8 +63,10 @@ def test_float_clients_are_those_of_a_run_without_precision(personal, wide):
     part = partition.full() if personal is None else partition.layers(personal=("4.*",))
     method = BASE.replace(partition=part)
     plain = drive(wide, method)[0]
-    told = drive(wide, method.replace(precision=precision.fixed(modes=("float32",) * 8 + ("qat4",))))[0]  # 8 clients
+    modes = ("float32",) * 8 + ("qat4", "bfloat16")  # 8 clients
+    told = drive(wide, method.replace(precision=precision.fixed(modes, inputs=8)))[0]
     assert torch.equal(plain.x, told.x)
+    assert not torch.equal(plain.x, drive(wide, method.replace(precision=precision.all("bfloat16")))[0].x)
     assert not torch.equal(plain.x, drive(wide, method.replace(precision=precision.all("qat4")))[0].x)
 
 
@@ -73,7 +76,7 @@ def test_a_client_alone_is_a_client_of_a_block(wide):
     single, together = (_updates(wide, method, engine) for engine in ("sequential", "stacked"))
     torch.testing.assert_close(single, together, rtol=0, atol=1e-6)
     for i, mode in enumerate(MIXED.modes):
-        same = _updates(wide, method.replace(precision=precision.all(mode)), "sequential")
+        same = _updates(wide, method.replace(precision=precision.all(mode, inputs=8)), "sequential")
         assert torch.equal(same[i], single[i])
 
 
@@ -108,13 +111,12 @@ def test_uploads_have_the_bits_of_their_client():
     assert equal(off, got)
 
 
-def test_ptq_keeps_the_fast_path_and_qat_says_why_not(wide):
-
-    for mode, path in (("ptq4", "layer by layer"), ("qat4", "vmap")):
+def test_ptq_keeps_the_fast_path_and_the_others_say_why_not(wide):
+    for mode, path, why in (("ptq4", LAYERS, ""), ("qat4", VMAP, "quantized weights"), ("bfloat16", VMAP, "in bfloat16")):
         method = BASE.replace(precision=precision.all(mode), codec=codecs.quantize8())
         split = method.split(wide.model, wide.tracked)
         found = build("stacked", Work(wide, split, method.solver, method.codec), method, random.key(0))[1]
-        assert found.path == path and ("quantized weights" in found.why) == (path == "vmap")
+        assert found.path == path and why in found.why
     stacked, alone = (drive(wide, method, engine, rounds=3)[0].x for engine in ("stacked", "sequential"))
     assert float((stacked - alone).norm() / alone.norm()) <= 2e-2  # a value may fall on the other side of a step's edge
 
@@ -130,13 +132,20 @@ def test_policies_are_exact():
     assert torch.equal(drawn[0], rule.draw(ids, random.fold(key, 0), {}))
     with pytest.raises(ConfigError, match="share: a positive number for each of 2 modes"):
         precision.random(share=(0.5, 0.6))
-    with pytest.raises(ConfigError, match="known to the cost model"):
-        precision.all("bfloat16")
+    for policy in (precision.all, precision.fixed, precision.random, precision.coarse):
+        with pytest.raises(ConfigError, match=r"precision.inputs: 2 to 8 bits for the inputs of layers, or 0; got 1"):
+            policy(inputs=1)
+    told = knobs(precision.fixed(modes=("float32", "qat4", "ptq4", "bfloat16"), inputs=8), torch.arange(4), key, {})
+    assert {name: row.tolist() for name, row in told.items()} == {
+        "train": [0, 7, 0, 0], "send": [0, 7, 7, 0], "inputs": [0, 127, 0, 0], "bfloat16": [0, 0, 0, 1],
+    }  # fmt: skip
+    assert set(knobs(precision.all("bfloat16"), ids, key)) == {"bfloat16"}
+    assert set(knobs(precision.all("ptq4", inputs=8), ids, key)) == {"send"}
 
 
 def test_a_run_goes_on_and_workers_change_nothing(tmp_path):
     task = Task(net, make_federation(features=16))
-    rule = precision.random(modes=("float32", "ptq4", "qat2"))
+    rule = precision.random(modes=("float32", "ptq4", "qat2", "bfloat16"), inputs=8)
     method = BASE.replace(precision=rule, codec=codecs.error_feedback(CODECS["quantize"]))
     experiment = Experiment(task, method, rounds=2, engine="stacked", block=3, evaluate_clients_every=1)
     whole = resumes(experiment, tmp_path / "run", rounds=4)

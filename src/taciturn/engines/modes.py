@@ -40,7 +40,7 @@ from taciturn.engines.ray import workers as actors
 from taciturn.engines.store import ClientStore
 from taciturn.engines.train import Trainer
 from taciturn.method import Method
-from taciturn.precision.policies import learns, trains
+from taciturn.precision.policies import apart, learns
 from taciturn.wire.format import FRAME, Frame, Schema, pack, pack_schema, packed_bytes, unpack, unpack_schema
 
 ENGINES = ("auto", "loopback", "ray", "sequential", "stacked")
@@ -240,7 +240,7 @@ def build(
     data, sent once beside the number of samples.
     """
     require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
-    path = choose(name, work, block, keep, "clients train on quantized weights" if trains(method.precision) else "")
+    path = choose(name, work, block, keep, apart(method.precision))
     keep_freed_memory()
     wired, lift, split = path.name == "loopback", one if path.path == SINGLE else many, work.split
     clients = ClientStore(len(work.task.train.sizes))

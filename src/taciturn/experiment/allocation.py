@@ -1,10 +1,10 @@
 """Who trains in which mode: times of the run's clock against penalties of the data.
 
-    T_k(m) = bytes down / down + steps (step + extra 1{qat}) + bytes up(m) / up + latency
+    T_k(m) = bytes down / down + steps step(m) + bytes up(m) / up + latency        inf: no kernel for m on the device of k
 
-with the bytes of a round's messages, headers included, without what is sent once; steps: those that the sync rule plans
-for the client, at most. It is a function of the experiment alone, so a resumed run finds the same. After FedHQ (arXiv
-2505.11982), its coarse stage: the idea; the formulas are ours.
+with step(m) as counted in that mode, and the bytes of a round's messages, headers included, without what is sent once;
+steps: those that the sync rule plans for the client, at most. It is a function of the experiment alone, so a resumed run
+finds the same. After FedHQ (arXiv 2505.11982), its coarse stage: the idea; the formulas are ours.
 
 Symbols: N clients; n_m modes; C classes; T [N, n_m] seconds.
 """
@@ -47,14 +47,16 @@ def allocated(method: Method, work: Work, task: BuiltTask, times: Times, key: Ke
     each = [{name: row[place] for name, row in table.items()} for place in range(len(modes))]
     plain = {name: torch.zeros_like(row[0]) for name, row in table.items()}
     *found, reference = (predicted(method, work, sizes, times, key, knobs) for knobs in (*each, plain))
-    seconds, weights = torch.stack(found, 1), method.aggregator.weigh(sizes).double()
+    can = times.fleet.has_kernels([one.dtype for one in modes])[times.clock.device]
+    seconds, weights = torch.where(can, torch.stack(found, 1), torch.inf), method.aggregator.weigh(sizes).double()
     counts = labels(task) if policy.kappa else torch.zeros(len(sizes), 0, dtype=torch.int64)
     skew = divergence(counts) if counts.any() else torch.zeros(len(sizes), dtype=torch.float64)
     cost = penalties(weights, skew, modes, kappa=policy.kappa)
     chosen = allocate.coarse(seconds, cost, policy.lam, float(reference.max())).modes
     told_once = {"labels": counts.to(torch.int32)} if counts.any() else {}
     if isinstance(policy, coarse):
-        return method.replace(precision=fixed(tuple(policy.modes[i] for i in chosen.tolist()))), told_once
+        given = tuple(policy.modes[i] for i in chosen.tolist())
+        return method.replace(precision=fixed(given, policy.inputs)), told_once
     epoch = (sizes + method.batch_size - 1) // method.batch_size
     epochs = method.sync.schedule(epoch, method.sync.init(work.split.x0))[0] / epoch
     facts = {"weight": weights, "skew": skew, "log_samples": sizes.double().log(), "epochs": epochs.double()}
@@ -72,8 +74,7 @@ def predicted(method: Method, work: Work, sizes: Tensor, times: Times, key: Key,
     stats = ["loss", "steps", *(["gap", "quantized", "moved"] if learns(method.precision) else [])]
     up = _size(sent) + 4 * len(stats)
     exchange = torch.stack([torch.full_like(steps, down), steps, torch.full_like(steps, up)])
-    clock, aware = times.clock, (knobs.get("train", torch.zeros(())) > 0).expand(len(ids))
-    return clock.arrivals(clock.phases(ids, exchange.unsqueeze(0), aware))
+    return times.clock.arrivals(times.clock.phases(ids, exchange.unsqueeze(0), times.way(knobs)))
 
 
 def labels(task: BuiltTask) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from taciturn.client import Work
 from taciturn.core.state import State
 from taciturn.core.types import Batch, Clients
 from taciturn.engines.frozen import Evaluated
-from taciturn.precision.fake import deployed
+from taciturn.precision import fake
+from taciturn.precision.modes import levels
 from taciturn.tasks.built import BuiltTask
 
 AT_ONCE = 1024  # samples
@@ -23,22 +26,23 @@ class Central:
         self._task, self._work, self._data = task, work, data
         self._frozen = Evaluated.build(work, task.evaluated, data, keep)
 
-    def __call__(self, held: State, bits: int = 0) -> dict[str, float]:
+    def __call__(self, held: State, bits: int = 0, inputs: int = 0) -> dict[str, float]:
         """What a receiver of the model would hold -> {"accuracy": .., "loss": ..}. bits: of every weight, as in
-        `Result.quantized`; 0: float.
+        `Result.quantized`; inputs: bits of what their layers are given (precision/fake.py); 0: float.
         """
         split, x = self._work.split, held["x"]
         views = split.layout.views(x), split.personal.views(split.v0), split.buffers.views(split.b0)
         params = self._work.params(held, *views)
         if bits:
-            params |= deployed({name: params.get(name, p) for name, p in self._task.model.named_parameters()}, bits)
-        frozen = None if bits else self._frozen  # frozen weights are quantized too
+            params |= fake.deployed({name: params.get(name, p) for name, p in self._task.model.named_parameters()}, bits)
+        frozen = None if bits or inputs else self._frozen  # frozen weights are quantized too
         total: dict[str, float] = {}
         for index in torch.split(torch.arange(int(self._data.sizes[0])), self._task.at_once(AT_ONCE)):
             batch: Batch = {name: t[0] for name, t in self._data.fetch(_SERVER, index.unsqueeze(0)).items()}
             batch["mask"] = torch.ones(len(index), dtype=torch.bool, device=x.device)
-            for name, value in self._measure(params, batch, index, frozen).items():
-                total[name] = total.get(name, 0.0) + float(value)
+            with fake.inputs(torch.tensor(levels(inputs), device=x.device)) if inputs else nullcontext():
+                found = self._measure(params, batch, index, frozen)
+            total = {name: total.get(name, 0.0) + float(value) for name, value in found.items()}
         return self._task.pool(total)
 
     def _measure(

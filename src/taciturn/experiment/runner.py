@@ -266,7 +266,7 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
     if due and not run.from_clients:
         assert run.central is not None
         metrics = run.central(_held(run))
-        deployed = run.central(_held(run), bits) if bits else None
+        deployed = run.central(_held(run), bits, experiment.method.precision.inputs) if bits else None
     before: dict[str, Any] = run.history[-1] if run.history else {"bytes_up": 0, "bytes_down": 0, "bytes_evaluate": 0}
     simulated = run.times.round(stats, run.engine.post.ledger, before.get("simulated", {}).get("total", 0.0))
     traffic = run.engine.post.ledger.close_round()

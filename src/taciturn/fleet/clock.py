@@ -2,13 +2,14 @@
 
 In each exchange of a round the server sends, a client works, and it answers:
 
-    down_i = bytes / down + latency / 2     compute_i = steps x (step + extra 1{aware})     up_i = bytes / up + latency / 2
+    down_i = bytes / down + latency / 2      compute_i = local steps x step      up_i = bytes / up + latency / 2
 
 and the next exchange begins when the slowest of them has answered. A client arrives with the last; the round ends when all
 have arrived whose answer the server gets, or at the deadline where one is missing.
 
 Symbols: N clients in all; M clients `ids` [M] of a round; S exchanges; work [S, 3, M] int64 bytes down, local steps, bytes
-up; aware [M] bool, who trains on quantized weights; P profiles; d deadline.
+up; P profiles; W ways to take a local step (on quantized weights, in bfloat16), way [M] int64 that of each client, 0 the
+plain one in float32; d deadline.
 """
 
 from __future__ import annotations
@@ -37,49 +38,46 @@ LATE: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True)
 class Clock:
-    """The fleet of a run, as seconds. device [N]: profile of each client; step, up, down, latency, availability [P].
+    """The fleet of a run, as seconds. device [N]: profile of each client; up, down, latency, availability [P].
 
-    extra [P]: seconds that a step takes longer on quantized weights (none: 0).
+    steps [W, P]: seconds of a local step, the plain one first.
     """
 
     device: Tensor
-    step: Tensor
+    steps: Tensor
     up: Tensor
     down: Tensor
     latency: Tensor
     availability: Tensor
     deadline: float | None = None
     late: str = "drop"
-    extra: Tensor | None = None
 
     @classmethod
     def of(
         cls,
         fleet: Fleet,
         clients: int,
-        operators: Sequence[Operator],
+        ways: Sequence[Sequence[Operator]],
         key: Key,
         deadline: float | None = None,
         late: str = "drop",
-        extra: Tensor | None = None,
     ) -> Clock:
-        """Every client gets a device. operators: of one local step. key: of the run."""
-        rows = [(p.step_seconds(operators), p.up, p.down, p.latency, p.availability) for p in fleet.profiles]
-        step, up, down, latency, availability = torch.tensor(rows, dtype=torch.float64).unbind(1)
+        """Every client gets a device. ways: the operators of one local step, in each way. key: of the run."""
+        rows = [(p.up, p.down, p.latency, p.availability) for p in fleet.profiles]
+        up, down, latency, availability = torch.tensor(rows, dtype=torch.float64).unbind(1)
+        steps = [[profile.step_seconds(operators) for profile in fleet.profiles] for operators in ways]
         device = fleet.assign(clients, random.fold(key, "fleet"))
-        return cls(device, step, up, down, latency, availability, deadline, late, extra)
+        return cls(device, torch.tensor(steps, dtype=torch.float64), up, down, latency, availability, deadline, late)
 
-    def phases(self, ids: Tensor, work: Tensor, aware: Tensor | None = None) -> Tensor:
+    def phases(self, ids: Tensor, work: Tensor, way: Tensor | int = 0) -> Tensor:
         """Seconds [S, 3, M] that a client receives, works and sends in each exchange."""
         mine, (down, steps, up) = self.device[ids], work.to(torch.float64).unbind(1)
-        way, step = self.latency[mine] / 2, self.step[mine]
-        if aware is not None and self.extra is not None:
-            step = step + aware * self.extra[mine]
+        half = self.latency[mine] / 2
         return torch.stack(
             [
-                down / self.down[mine] + (down > 0) * way,
-                steps * step,
-                up / self.up[mine] + (up > 0) * way,
+                down / self.down[mine] + (down > 0) * half,
+                steps * self.steps[way, mine],
+                up / self.up[mine] + (up > 0) * half,
             ],
             1,
         )
@@ -89,14 +87,14 @@ class Clock:
         spent = phases.sum(1)
         return spent[:-1].amax(1).sum() + spent[-1]
 
-    def share(self, ids: Tensor, work: Tensor, aware: Tensor | None = None) -> Tensor:
+    def share(self, ids: Tensor, work: Tensor, way: Tensor | int = 0) -> Tensor:
         """What each counts because of its time [M] in 0 .. 1; 0: too late."""
-        arrivals = self.arrivals(self.phases(ids, work, aware))
+        arrivals = self.arrivals(self.phases(ids, work, way))
         return torch.ones_like(arrivals) if self.deadline is None else LATE[self.late](arrivals, self.deadline)
 
-    def round(self, ids: Tensor, work: Tensor, status: Tensor, aware: Tensor | None = None) -> dict[str, Any]:
+    def round(self, ids: Tensor, work: Tensor, status: Tensor, way: Tensor | int = 0) -> dict[str, Any]:
         """A round for the record: its seconds; each client's device, and its seconds by phase, summed over exchanges."""
-        phases = self.phases(ids, work, aware)
+        phases = self.phases(ids, work, way)
         arrivals, got = self.arrivals(phases), status < LOST
         seconds = float(arrivals[got].max()) if got.any() else 0.0
         if self.deadline is not None and not got.all():

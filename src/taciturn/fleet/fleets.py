@@ -5,6 +5,7 @@ The numbers of the named fleets are typical values that were chosen, not measure
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from taciturn.core import random
 from taciturn.core.errors import require, unknown
 from taciturn.core.random import Key
-from taciturn.fleet.profile import Profile
+from taciturn.fleet.profile import Dtype, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,14 @@ class Fleet:
         edges = shares.cumsum(0) / shares.sum()
         places = (random.permutation(key, clients).to(torch.float64) + 0.5) / max(1, clients)
         return torch.searchsorted(edges, places).clamp(max=len(self.profiles) - 1)
+
+    def has_kernels(self, dtypes: Sequence[Dtype]) -> Tensor:
+        """Which profile has fast matrix products in which dtype: [P, len(dtypes)] bool.
+
+        >>> Fleet().has_kernels(("float32", "bfloat16")).tolist()
+        [[True, False]]
+        """
+        return torch.tensor([[dtype in profile.kernels for dtype in dtypes] for profile in self.profiles])
 
 
 MBIT = 1e6 / 8  # bytes a second

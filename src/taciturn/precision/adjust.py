@@ -54,6 +54,11 @@ class adjusted:
         return self.policy.modes
 
     @property
+    def inputs(self) -> int:
+        """The policy's."""
+        return self.policy.inputs
+
+    @property
     def _modes(self) -> list[Mode]:
         return [mode(name) for name in self.modes]
 

@@ -61,7 +61,7 @@ def quantizing(values: int, bandwidth: float, moved: float = FUSED) -> float:
 
 def step(layers: Sequence[Layer], device: Device, mode: Mode, inputs: bool = False, moved: float = FUSED) -> float:
     """Seconds of a training step. inputs: activations are quantized too. Errors: `ConfigError` without the dtype's rate."""
-    dtype = "bfloat16" if mode.train == "bfloat16" else "float32"
+    dtype = mode.dtype
     require(dtype in device.rate, f"precision.cost: the device has no rate for {dtype}; it has {', '.join(device.rate)}")
     rate, size, total = device.rate[dtype], SIZE[dtype], 0.0
     for layer in layers:

@@ -1,11 +1,11 @@
-"""The weights that quantization-aware training sees: one symmetric quantizer, its bits as data.
+"""The weights and inputs that quantization-aware training sees: one symmetric quantizer, its bits as data.
 
     Q(w)_rj = s_r round(w_rj / s_r),  s_r = max_j |w_rj| / L,  s_r = 1 for a row of zeros
 
 with rows r of the first axis (output channels). The largest magnitude lands on L, so nothing is ever clipped and the
 straight-through backward is the identity: the gradient at w is that of the float model at Q(w). A client therefore
 quantizes the weights, and takes its gradient there (client.py): no node of autograd and no module is changed.
-`straight` is the same as a node, for models that are trained without engines.
+`straight` is the same as a node, for inputs, and for models that are trained without engines.
 
 Symbols: w [o, i, ..] a weight; levels [] L of this client, 0: Q(w) = w, bit for bit. Tensors of fewer than two axes (norms,
 biases) and layers with fewer than 16 input or output features stay as they are. Q(w) is what `quantize(rounding =
@@ -14,19 +14,18 @@ biases) and layers with fewer than 16 input or output features stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from taciturn.core.types import Record
+from taciturn.precision.layers import Told, around, through
 from taciturn.precision.modes import levels as levels_of
 
 LEAST = 16  # features of a layer on either side
-_LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
 
 
 def applies(shape: Sequence[int]) -> bool:
@@ -38,13 +37,13 @@ def applies(shape: Sequence[int]) -> bool:
     return len(shape) > 1 and min(shape[:2]) >= LEAST
 
 
-def quantized(w: Tensor, levels: Tensor) -> Tensor:
+def quantized(w: Tensor, levels: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
     """Q(w) [o, ..] for any number of levels []; |Q(w) - w| <= s_r / 2. Five passes over w.
 
-    A row whose scale is below the normal numbers counts as zeros.
+    axes: of one row, all but the first unless given. A row whose scale is below the normal numbers counts as zeros.
     """
-    scale = w.flatten(1).abs().amax(1) / levels
-    scale = torch.where(scale >= torch.finfo(w.dtype).tiny, scale, 1.0).view(-1, *[1] * (w.dim() - 1))
+    scale = w.abs().amax(axes or tuple(range(1, w.dim())), keepdim=True) / levels
+    scale = torch.where(scale >= torch.finfo(w.dtype).tiny, scale, 1.0)
     return torch.where(levels > 0, (w / scale).round_().mul_(scale), w)
 
 
@@ -62,53 +61,25 @@ def deployed(tensors: Mapping[str, Tensor], bits: int) -> Record:
     return lowered(dict(tensors), torch.tensor(levels_of(bits), device=device))
 
 
-class _Straight(torch.autograd.Function):
-    """Forward fn(x, levels), backward the identity."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, levels: Tensor, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return fn(x, levels)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        """Nothing is kept."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
+def straight(x: Tensor, levels: Tensor, fn: Told = quantized) -> Tensor:
+    """fn(x, levels) with the gradient of x."""
+    return through(x, levels, fn, _as_it_is)
 
 
-def straight(x: Tensor, levels: Tensor, fn: Callable[[Tensor, Tensor], Tensor] = quantized) -> Tensor:
-    """fn(x) with the gradient of x."""
-    found: Tensor = _Straight.apply(x, levels, fn)  # type: ignore[no-untyped-call]
-    return found
+def _as_it_is(gradient: Tensor, levels: Tensor) -> Tensor:
+    return gradient
 
 
-@contextmanager
-def inputs(levels: Tensor) -> Iterator[None]:
-    """Inside, the layers whose weights are quantized also see Q of their inputs, with one scale for each sample's row.
+def taken(x: Tensor, weight: Tensor, levels: Tensor) -> Tensor:
+    """The input of a layer as it sees it: Q by rows where its weight is quantized, straight-through."""
+    row = tuple(range(1 - weight.dim(), 0))  # [i] of a linear layer, [c, ..] of a convolution
+    return straight(x, levels, partial(quantized, axes=row)) if applies(weight.shape) else x
 
-    Linear layers: x [.., i] by rows of i; convolutions: x [b, c, ..] by samples (127 levels: 8 bits). It replaces
-    `linear` and the convolutions of `torch.nn.functional`. Not for several threads at once.
+
+def inputs(levels: Tensor) -> AbstractContextManager[None]:
+    """Inside, the layers whose weights are quantized also see Q of their inputs, with one scale for each row.
+
+    Linear layers: x [.., i] by rows of i; convolutions: x [b, c, ..] by samples (127 levels: 8 bits). By the shape of the
+    weight alone, so frozen layers too: that is what a deployed model sees. 0: off, bit for bit.
     """
-    before = {name: getattr(F, name) for name in _LAYERS}
-
-    def seen(name: str) -> Callable[..., Tensor]:
-        def layer(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
-            if applies(weight.shape):
-                rows = x.flatten(0, -2) if name == "linear" else x
-                x = straight(rows, levels).view(x.shape)
-            result: Tensor = before[name](x, weight, *rest, **options)
-            return result
-
-        return layer
-
-    try:
-        for name in _LAYERS:
-            setattr(F, name, seen(name))
-        yield
-    finally:
-        for name, fn in before.items():
-            setattr(F, name, fn)
+    return around(lambda plain, x, weight, bias: plain(taken(x, weight, levels), weight, bias))

@@ -1,8 +1,10 @@
 """Names of the modes in which a client can train and be deployed.
 
-float32, bfloat16  local steps in that type; nothing is quantized.
+float32            nothing is quantized.
+bfloat16           local steps with matrix products in bfloat16 (half.py); nothing is quantized.
 ptq{b}             local steps in float32; what is sent and deployed has b bits (quantization after training).
-qat{b}             every forward pass uses Q_b of the weights (fake.py), and so do the upload and the deployed model.
+qat{b}             every forward pass uses Q_b of the weights (fake.py), and so do the upload and the deployed model; where
+                   the policy says so also Q of the layers' inputs.
 
 Symbols: b bits; L = 2^(b-1) - 1 levels on each side of zero.
 """
@@ -45,6 +47,11 @@ class Mode:
         """L of the weights in the forward pass; 0: float."""
         return self.sent if self.train == "qat" else 0
 
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of its matrix products: a device should have a kernel for it (`Fleet.has_kernels`)."""
+        return "bfloat16" if self.train == "bfloat16" else "float32"
+
 
 MODES: dict[str, Mode] = {
     "float32": Mode("float32"),
@@ -66,12 +73,7 @@ def mode(name: str, where: str = "precision.mode") -> Mode:
 
 
 def runnable(names: Iterable[str], where: str) -> tuple[Mode, ...]:
-    """The modes that engines run side by side. Errors: `ConfigError` for bfloat16: a block of clients has one type."""
+    """The modes of some names, at least one. Errors: `ConfigError`, `UnknownName`."""
     found = tuple(mode(name, where) for name in names)
     require(len(found) > 0, f"{where}: at least one mode")
-    require(
-        all(one.train != "bfloat16" for one in found),
-        f"{where}: bfloat16 is known to the cost model and the allocator only; engines train in the experiment's dtype: "
-        "use float32, ptq or qat",
-    )
     return found

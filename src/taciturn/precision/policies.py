@@ -1,8 +1,9 @@
 """Which client trains in which mode. Client code sees the result as numbers, not as branches.
 
-Symbols: M clients of the cohort; ids [M]; n_m modes; knobs {name: [M] uint8}: "train", L of the weights in the forward pass
-(0: float); "send", L of the upload where the codec quantizes (0: as it is set); "gap", L of the deployed model where the
-policy learns what that costs (sensitivity.py).
+Symbols: M clients of the cohort; ids [M]; n_m modes; knobs {name: [M] uint8}: for the forward pass (forward.py) "train", L
+of the weights, "inputs", L of the layers' inputs, and "bfloat16", 1 where products are in it; "send", L of the upload
+where the codec quantizes; "gap", L of the deployed model where the policy learns what that costs (sensitivity.py). 0: off
+(float; as the codec is set).
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ class Policy(Protocol):
     @property
     def modes(self) -> tuple[str, ...]:
         """The modes that clients may get."""
+        ...
+
+    @property
+    def inputs(self) -> int:
+        """Bits of the layers' inputs, in training of the modes qat and in the deployed model; 0: float."""
         ...
 
     def draw(self, ids: Tensor, key: Key, state: State) -> Tensor:
@@ -70,15 +76,22 @@ def knobs(policy: Policy, ids: Tensor, key: Key, state: State) -> State:
 
 def told(policy: Policy) -> State:
     """The knobs of each mode: {name: [n_m] uint8}, those that differ from 0 for some mode."""
-    found = runnable(policy.modes, "precision.modes")
-    gap = levels(deployed_bits(policy)) if learns(policy) else 0
-    table = {"train": [one.trained for one in found], "send": [one.sent for one in found], "gap": [gap] * len(found)}
+    found, inputs = runnable(policy.modes, "precision.modes"), levels(policy.inputs)
+    table = {
+        "train": [one.trained for one in found],
+        "send": [one.sent for one in found],
+        "inputs": [inputs if one.trained else 0 for one in found],
+        "bfloat16": [int(one.train == "bfloat16") for one in found],
+        "gap": [levels(deployed_bits(policy)) if learns(policy) else 0] * len(found),
+    }
     return {name: torch.tensor(row, dtype=torch.uint8) for name, row in table.items() if any(row)}
 
 
-def trains(policy: Policy) -> bool:
-    """True if some client's forward pass is quantized."""
-    return "train" in told(policy)
+def apart(policy: Policy) -> str:
+    """What keeps clients from training layer by layer in float32, or ""."""
+    table = told(policy)
+    where = [said for knob, said in (("train", "on quantized weights"), ("bfloat16", "in bfloat16")) if knob in table]
+    return f"clients train {' or '.join(where)}" if where else ""
 
 
 def deployed_bits(policy: Policy) -> int:
@@ -86,14 +99,25 @@ def deployed_bits(policy: Policy) -> int:
     return min((one.bits for one in runnable(policy.modes, "precision.modes") if one.bits), default=0)
 
 
+def _check(policy: Policy, where: str = "precision.modes") -> None:
+    """Errors: `UnknownName`, `ConfigError`."""
+    runnable(policy.modes, where)
+    bits = policy.inputs
+    require(bits == 0 or 2 <= bits <= 8, f"precision.inputs: 2 to 8 bits for the inputs of layers, or 0; got {bits}")
+    for name in ("lam", "kappa"):
+        value = getattr(policy, name, 0.0)
+        require(0 <= value < float("inf"), f"precision.{name}: a number of at least 0; got {value}")
+
+
 @dataclass(frozen=True, slots=True)
 class all:
-    """Every client in the same mode. Errors: `UnknownName`."""
+    """Every client in the same mode. inputs: bits, as in `Policy`. Errors: `UnknownName`, `ConfigError`."""
 
     mode: str = "float32"
+    inputs: int = 0
 
     def __post_init__(self) -> None:
-        runnable((self.mode,), "precision.mode")
+        _check(self, "precision.mode")
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -109,13 +133,14 @@ class all:
 class fixed:
     """Client i in mode modes[i mod n_m], in every round; one name for each client plays an allocation (allocate.py).
 
-    Errors: `UnknownName`.
+    inputs: bits, as in `Policy`. Errors: `UnknownName`, `ConfigError`.
     """
 
     modes: tuple[str, ...] = ("ptq8", "qat8")
+    inputs: int = 0
 
     def __post_init__(self) -> None:
-        runnable(self.modes, "precision.modes")
+        _check(self)
 
     def draw(self, ids: Tensor, key: Key, state: State) -> Tensor:
         """i mod n_m."""
@@ -130,12 +155,14 @@ class coarse:
     a_k (1 + kappa h_k) gap of penalty.py, at its prior. lam: how many T_ref a penalty of 1 is worth; 0: the shortest round,
     and of all such the least penalty. After FedHQ (arXiv 2505.11982), its coarse stage: the idea; the formulas are ours.
     h_k needs a histogram of labels from each client, sent once and counted; with kappa = 0, or without classes, h_k = 0 and
-    nothing is sent. Errors: `UnknownName`, `ConfigError`.
+    nothing is sent. A client gets no mode that its device has no kernel for. inputs: bits, as in `Policy`. Errors:
+    `UnknownName`, `ConfigError`.
     """
 
     modes: tuple[str, ...] = ("ptq3", "qat3")
     lam: float = 1.0
     kappa: float = 1.0
+    inputs: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
@@ -153,49 +180,40 @@ class coarse_fine:
     how far it moved; the server sees when each arrives. Two regressions a mode learn the gap and the time. After `settle`
     rounds the modes of a cohort change where J then falls by over 2 %, and clients that have time to spare try what
     little is known of: it costs no time. lam doubles while the deployed model gets worse, and halves where rounds take too
-    long. After FedHQ (arXiv 2505.11982), its fine stage: the idea; formulas, rules and constants are ours.
-    Errors: `UnknownName`, `ConfigError`.
+    long. After FedHQ (arXiv 2505.11982), its fine stage: the idea; formulas, rules and constants are ours. inputs: bits, as
+    in `Policy`. Errors: `UnknownName`, `ConfigError`.
     """
 
     modes: tuple[str, ...] = ("ptq3", "qat3")
     lam: float = 1.0
     kappa: float = 1.0
     settle: int = 5
+    inputs: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
         require(deployed_bits(self) > 0, f"precision.modes: one with bits at least, to learn its gap; got {self.modes}")
         require(self.settle >= 1, f"precision.settle: rounds, at least 1; got {self.settle}")
 
-    @property
-    def start(self) -> coarse:
-        """The policy of the first rounds."""
-        return coarse(self.modes, self.lam, self.kappa)
-
     def draw(self, ids: Tensor, key: Key, state: State) -> Tensor:
         """Errors: `ConfigError`; an experiment plays it as `adjusted` (experiment/allocation.py)."""
         raise ConfigError("precision = coarse_fine begins with the fleet and data of an experiment: use taciturn.run")
-
-
-def _check(policy: coarse | coarse_fine) -> None:
-    runnable(policy.modes, "precision.modes")
-    for name in ("lam", "kappa"):
-        value = getattr(policy, name)
-        require(0 <= value < float("inf"), f"precision.{name}: a number of at least 0; got {value}")
 
 
 @dataclass(frozen=True, slots=True)
 class random:
     """In each round a random part of the cohort in each mode: round(M share) clients, up to rounding of the sums.
 
-    share: of each mode, positive, of sum 1; equal unless given. Errors: `UnknownName`, `ConfigError`.
+    share: of each mode, positive, of sum 1; equal unless given. inputs: bits, as in `Policy`. Errors: `UnknownName`,
+    `ConfigError`.
     """
 
     modes: tuple[str, ...] = ("ptq8", "qat8")
     share: tuple[float, ...] | None = None
+    inputs: int = 0
 
     def __post_init__(self) -> None:
-        runnable(self.modes, "precision.modes")
+        _check(self)
         share = self.share or ()
         good = len(share) == len(self.modes) and min(share) > 0 and abs(sum(share) - 1) < 1e-6
         require(

@@ -15,17 +15,22 @@ from taciturn.report.tables import Method
 
 CLIENTS = 40  # of a figure
 METHODS = 4  # figures
+KNOBS = ("train", "send", "inputs", "bfloat16")  # in the order of `mode_of`
 SYMBOLS = ("square", "diamond", "circle", "cross", "x", "star", "hexagon")
 
 
-def mode_of(train: int, send: int) -> str:
-    """The mode of two knobs, levels L = 2^(b-1) - 1 or 0: float, ptq of b bits sent, qat of b bits trained with.
+def mode_of(train: int, send: int, inputs: int = 0, bfloat16: int = 0) -> str:
+    """The mode of the knobs of a client, levels L = 2^(b-1) - 1 or 0: float, ptq of b bits sent, qat of b bits trained
+    with, and of so many for the inputs of layers; bfloat16.
 
-    >>> mode_of(0, 0), mode_of(0, 7), mode_of(3, 3)
-    ('float', 'ptq4', 'qat3')
+    >>> mode_of(0, 0), mode_of(0, 7), mode_of(3, 3), mode_of(3, 3, 127), mode_of(0, 0, bfloat16=1)
+    ('float', 'ptq4', 'qat3', 'qat3, inputs 8', 'bfloat16')
     """
+    if bfloat16:
+        return "bfloat16"
+    taken = f", inputs {(inputs + 1).bit_length()}" if inputs else ""
     bits = ((train or send) + 1).bit_length()
-    return f"qat{bits}" if train else f"ptq{bits}" if send else "float"
+    return f"qat{bits}{taken}" if train else f"ptq{bits}" if send else "float"
 
 
 def played(run: Run) -> list[tuple[int, int, str]]:
@@ -33,9 +38,8 @@ def played(run: Run) -> list[tuple[int, int, str]]:
     found = []
     for line in run.rounds:
         knobs, cohort = line.get("knobs") or {}, line.get("cohort") or []
-        nothing = [0] * len(cohort)
-        rows = zip(cohort, knobs.get("train", nothing), knobs.get("send", nothing), strict=True)
-        found += [(int(line["round"]), int(i), mode_of(train, send)) for i, train, send in rows if knobs]
+        rows = zip(cohort, *(knobs.get(name, [0] * len(cohort)) for name in KNOBS), strict=True)
+        found += [(int(line["round"]), int(i), mode_of(*told)) for i, *told in rows if knobs]
     return found
 
 
