@@ -19,11 +19,12 @@ from taciturn.client import Work
 from taciturn.core import random
 from taciturn.core.errors import ConfigError
 from taciturn.core.random import Key
+from taciturn.core.rounding import applies
 from taciturn.core.state import State
 from taciturn.core.types import Batch
 from taciturn.experiment.experiment import Experiment
 from taciturn.fleet import Clock, Fleet, Operator, count, named
-from taciturn.precision import cost, fake
+from taciturn.precision import cost
 from taciturn.round import RoundStats
 from taciturn.wire.ledger import Ledger
 
@@ -86,7 +87,7 @@ def one_step(work: Work, batch_size: int, knobs: State | None = None) -> Callabl
 def _extra(fleet: Fleet, work: Work) -> Tensor:
     """Seconds of quantizing the weights that are trained, once, on each profile [P]."""
     shapes = [*work.split.layout.shapes, *work.split.personal.shapes]
-    weights = sum(math.prod(shape) for shape in shapes if fake.applies(shape))
+    weights = sum(math.prod(shape) for shape in shapes if applies(shape))
     seconds = [cost.quantizing(weights, profile.bandwidth * 1e9, cost.EAGER) for profile in fleet.profiles]
     return torch.tensor(seconds, dtype=torch.float64)
 
