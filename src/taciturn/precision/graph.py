@@ -62,7 +62,7 @@ def save(model: nn.Module, inputs: Sequence[Tensor], path: str | Path, bits: int
     onnx = _package("onnx")
     levels(bits)
     made = copy.deepcopy(model).float().cpu().eval()
-    weights = {name: p.detach().clone() for name, p in made.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in made.named_parameters(remove_duplicate=False)}
     made.load_state_dict(deployed(weights, bits), strict=False)
     proto = _exported(made, tuple(x.float() if x.is_floating_point() else x for x in inputs))
     if bits:

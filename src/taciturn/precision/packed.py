@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from taciturn.core.errors import ModelError, RunError
+from taciturn.core.errors import ModelError, RunError, require
 from taciturn.core.rounding import applies, codes, levels
 from taciturn.core.state import write_atomic
 
@@ -54,11 +54,11 @@ def from_nibbles(packed: Tensor, shape: torch.Size) -> Tensor:
 
 def save(model: nn.Module, path: str | Path, bits: int = 8) -> Path:
     """Write the model with b = 2 to 8 bits a weight, as `precision.fake.deployed` has them. Errors: `ConfigError`."""
-    levels(bits)
+    require(2 <= bits <= 8, f"export.bits: 2 to 8; got {bits}")
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         w = parameter.detach().float().cpu()
-        if applies(w.shape) and bits:
+        if applies(w.shape):
             k, scale = codes(w, bits)
             tensors |= {name + CODES: nibbles(k) if bits <= 4 else k.contiguous(), name + SCALE: scale}
         else:
