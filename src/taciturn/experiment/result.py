@@ -141,7 +141,7 @@ class Result:
         return deployment.export(self._built, model, path, format, bits)
 
     def measure(
-        self, bits: int = 8, client: str | None = None, formats: Sequence[str] | None = None, patience: float = 1.0
+        self, bits: int = 8, client: str | None = None, formats: Sequence[str] | None = None, patience: float = 0.5
     ) -> list[Exported]:
         """Bytes, metrics on the test data and latency on one thread of the float32 model and of each format.
 
