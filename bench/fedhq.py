@@ -33,11 +33,12 @@ from bench.common import arguments, finish, mean_spread
 from taciturn import Experiment, Method, codecs, fleet, participation, precision, solvers, sync
 from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
+from taciturn.core.rounding import applies, levels
 from taciturn.engines.memory import keep_freed_memory
 from taciturn.experiment.runner import prepare
 from taciturn.precision import cost, fake
 from taciturn.precision.allocate import coarse, objective
-from taciturn.precision.modes import levels, mode
+from taciturn.precision.modes import mode
 from taciturn.tasks import data
 from taciturn.tasks.models import mlp
 from taciturn.tasks.spec import TaskSpec
@@ -122,7 +123,7 @@ def library(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     top, out = levels(BITS), {}
     for name, w in tensors.items():
         out[name] = w
-        if fake.applies(w.shape):
+        if applies(w.shape):
             scale = w.detach().flatten(1).abs().amax(1) / top
             out[name] = torch.fake_quantize_per_channel_affine(w, scale, torch.zeros_like(scale).int(), 0, -top, top)
     return out

@@ -16,7 +16,7 @@ from rich.table import Table
 import taciturn
 from bench.common import arguments, finish
 from taciturn.client import Work
-from taciturn.experiment.runner import DTYPES
+from taciturn.experiment.experiment import DTYPES
 from taciturn.experiment.simulated import one_step
 from taciturn.fleet import Profile, count, measure
 from taciturn.tasks.models import mlp

@@ -36,6 +36,9 @@ OPTIONAL = {
     "sklearn",
     "ray",
     "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
 }  # imported where they are used, never at the top of a module
 
 
@@ -111,6 +114,12 @@ def test_ray_has_one_door():
 def test_peft_has_one_door():
     users = {str(path.relative_to(ROOT)) for path in FILES if "peft" in {name.split(".")[0] for name in imports(path)}}
     assert users == {"partition/lora.py"}
+
+
+def test_onnx_has_one_door():
+    packages = {"onnx", "onnxruntime", "onnxscript"}
+    users = {str(path.relative_to(ROOT)) for path in FILES if {name.split(".")[0] for name in imports(path)} & packages}
+    assert users == {"precision/graph.py"}
 
 
 def test_no_pickle_no_eval_from_the_network():

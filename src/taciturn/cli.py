@@ -1,4 +1,4 @@
-"""taciturn ls | show | run | compare | advise | report | profile.
+"""taciturn ls | show | run | compare | advise | report | export | profile.
 
 Exit codes: 0 done; 1 the run failed (its last checkpoint is kept); 2 wrong input (a name, a value, data, a model);
 3 the run folder cannot be used (locked, another version, disk full); 130 interrupted (resume with --resume).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -27,10 +28,12 @@ from taciturn.compare.shown import comparison, progress
 from taciturn.core.errors import AllClientsFailed, ConfigError, RunError, TaciturnError, unknown
 from taciturn.core.state import write_atomic
 from taciturn.experiment import config
+from taciturn.experiment.deployment import FORMATS, Exported
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.preview import preview
 from taciturn.experiment.recipes import RECIPES, check_data, recipe
 from taciturn.experiment.record import read_header
+from taciturn.experiment.result import load
 from taciturn.experiment.runner import Interrupted
 from taciturn.experiment.runner import run as run_experiment
 from taciturn.experiment.spelled import split_list
@@ -242,6 +245,41 @@ def report(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    format: Annotated[str, typer.Option(help=" or ".join(FORMATS) + "; with --measure: all")] = "",
+    bits: Annotated[int, typer.Option(help="2 to 8, of every weight with 16 features on both sides")] = 8,
+    file: Annotated[Path | None, typer.Option("--out", help="file to write (default: in the run's folder)")] = None,
+    client: Annotated[str | None, typer.Option(help="the personal model of this client")] = None,
+    compare: Annotated[bool, typer.Option("--measure", help="bytes, metrics, latency beside float32")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of text")] = False,
+) -> None:
+    """The trained model in few bits, for where it will run."""
+    if not format and (file is not None or not compare):
+        raise ConfigError(f"export: --format is missing; allowed: {', '.join(FORMATS)}")
+    if format and format not in FORMATS:
+        raise unknown("format", format, FORMATS, "export")
+    load(folder)  # refuses what has not ended
+    experiment = config.from_table(config.read_toml(folder / "config.toml"))
+    if client is None:
+        result = load(folder, experiment)
+    else:  # opens the clients' rows; the first round is behind it, so nothing is trained
+        result = run_experiment(experiment.replace(rounds=1), out=folder, resume=True)
+    told: dict[str, Any] = {}
+    if format:
+        place = file or folder / f"model-{format}{'' if format == 'onnx' else f'-{bits}'}{FORMATS[format].suffix}"
+        told = {"file": str(result.export(place, format, bits, client)), "bytes": place.stat().st_size}
+    rows = result.measure(bits, client, [format] if format else None) if compare else []
+    if as_json:
+        print(json.dumps(told | ({"measured": [asdict(row) for row in rows]} if rows else {})))
+        return
+    if told:
+        out.print(escape(f"{told['file']}: {human_bytes(told['bytes'])}"), soft_wrap=True)
+    if rows:
+        _print_formats(rows)
+
+
+@app.command()
 def profile(
     file: Annotated[Path | None, typer.Option("--out", help="TOML file to write; else it is printed")] = None,
     name: Annotated[str, typer.Option(help="what to call this machine")] = "measured",
@@ -278,6 +316,15 @@ def _print_measured(found: Measured) -> None:
     out.print(table)
     copies = ", ".join(f"{found.copy[size]:.1f} GB/s ({human_bytes(size)})" for size in sorted(found.copy))
     out.print(f"copy {copies}; an operator {1e6 * found.launch:.2f} microseconds; {torch.get_num_threads()} threads")
+
+
+def _print_formats(rows: list[Exported]) -> None:
+    names, batch = list(rows[0].metrics), rows[0].batch
+    table = Table("format", "bytes", *names, "ms a sample", f"ms for {batch}", box=None, header_style="bold")
+    for row in rows:
+        values = (f"{row.metrics[name]:.4f}" for name in names)
+        table.add_row(row.format, human_bytes(row.bytes), *values, f"{1000 * row.one:.3f}", f"{1000 * row.many:.3f}")
+    out.print(table)
 
 
 class _progress:

@@ -77,10 +77,19 @@ def _check_gauge(aggregator: Aggregator, server: ServerOptimizer) -> None:
         )
 
 
-def _check_merges(aggregator: Aggregator, server: ServerOptimizer, broadcast: Broadcast) -> None:
-    """Update and merge are two halves of one change: the server applies the first as it is, and both arrive exactly."""
+def _check_merges(aggregator: Aggregator, server: ServerOptimizer, broadcast: Broadcast, partition: Partition) -> None:
+    """Update and merge are two halves of one change: the server applies the first as it is, both arrive exactly, and the
+    base holds what it takes.
+    """
     if not merges(aggregator):
         return
+    bits = getattr(partition, "base_bits", 0)
+    if bits:
+        raise MethodError(
+            f"method: aggregator = {aggregator} merges float products into the frozen base, and partition.base_bits = "
+            f"{bits} holds it in {bits} bits, which could not take them; use base_bits = 0, or an operator that does not "
+            'merge, such as "product_svd" or "tangent"'
+        )
     if server != server_sgd(lr=1.0):
         raise MethodError(
             f"method: aggregator = {aggregator} merges into the frozen base what its pair of factors leaves out, and "
@@ -210,7 +219,7 @@ class Method:
         _check_running(self.codec, self.aggregator)
         _check_gauge(self.aggregator, self.server)
         _check_control(self.solver, self.codec, self.aggregator, self.server)
-        _check_merges(self.aggregator, self.server, self.broadcast)
+        _check_merges(self.aggregator, self.server, self.broadcast, self.partition)
 
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
         """The partition's split, that for methods that merge where the aggregator does, with what the solver adds to it."""

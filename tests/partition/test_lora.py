@@ -6,6 +6,7 @@ Symbols: W0 [m, n] frozen; B [m, r], A [r, n]; d shared values.
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -23,12 +24,16 @@ from taciturn import (  # noqa: E402
     codecs,
     participation,
     partition,
+    precision,
     server,
     solvers,
     sync,
 )
 from taciturn.core.errors import ConfigError, MethodError, ModelError, UnknownName  # noqa: E402
+from taciturn.core.rounding import applies  # noqa: E402
+from taciturn.experiment import config  # noqa: E402
 from taciturn.method import Method  # noqa: E402
+from taciturn.precision import fake  # noqa: E402
 
 METHOD = Method(participation=participation.uniform(count=4), solver=solvers.sgd(lr=0.02), batch_size=8)
 
@@ -206,3 +211,129 @@ def test_net_of_the_other_tests_too():
     part = partition.lora(rank=2)
     state, *_ = drive(build(part, Net), METHOD.replace(partition=part), rounds=2)
     assert len(state.x) == 2 * (6 + 8)
+
+
+# --------------------------------------------------------------------------------------------- a base in few bits
+
+
+class Wide(nn.Module):
+    """A table, a convolution and linear layers with 16 features and more on both sides; the head has fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv = nn.Embedding(24, 16), nn.Conv1d(16, 20, 3, padding=1)
+        self.stem, self.head = nn.Linear(20, 24), nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, 6] -> [b, 3]: six tokens of 0..23."""
+        tokens = (x.abs() * 8).long().clamp(max=23)
+        return self.head(torch.relu(self.stem(torch.relu(self.conv(self.table(tokens).transpose(1, 2))).mean(2))))
+
+
+EVERYWHERE = {"targets": ("table", "conv", "stem", "head"), "rank": 2}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_base_is_the_quantized_one_from_start_to_end(bits):
+    plain, part = build(partition.lora(**EVERYWHERE), Wide).model, partition.lora(**EVERYWHERE, base_bits=bits)
+    task = build(part, Wide)
+    given, held = dict(plain.named_parameters()), dict(task.model.named_parameters())
+    want = {name: fake.deployed({name: p.detach()}, bits)[name] for name, p in given.items() if "base_layer" in name}
+    assert all(torch.equal(held[name], w) for name, w in want.items())
+    changed = {name.split(".")[0] for name in want if not torch.equal(held[name], given[name])}
+    assert changed == {"table", "conv", "stem"}, "the head has 3 outputs and stays float"
+    assert all(torch.equal(held[name], given[name]) for name in given if "lora_" in name)
+    result = taciturn.run(Experiment(Task(Wide, make_federation()), METHOD.replace(partition=part), rounds=2))
+    assert all(torch.equal(result.tensors[name], w) for name, w in want.items())
+    assert any(not torch.equal(result.tensors[name], held[name]) for name in held if "lora_B" in name)
+    again = dict(result.quantized(bits).named_parameters())
+    for name, w in want.items():
+        torch.testing.assert_close(again[name], w, rtol=1e-6, atol=0)  # deployment changes the base no more
+
+
+COMPOSED = {
+    "qat": {"precision": precision.fixed(("qat3", "float32")), "codec": codecs.quantize(bits=4, rounding="nearest")},
+    "codec": {"codec": codecs.error_feedback(codecs.quantize4())},
+    "product": {"aggregator": aggregation.low_rank(operator="product_svd")},
+    "tangent": {"aggregator": aggregation.low_rank(operator="tangent")},
+    "personal": {"partition": partition.lora(**EVERYWHERE | {"targets": ("stem",)}, personal="head", base_bits=8)},
+    "core": {"partition": partition.lora(**EVERYWHERE, share="core", base_bits=4)},
+}
+
+
+SLOW = ("codec", "tangent", "core")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in COMPOSED])
+def test_a_base_in_few_bits_composes(name):
+    method = METHOD.replace(**{"partition": partition.lora(**EVERYWHERE, base_bits=4)} | COMPOSED[name])
+    task = build(method.partition, Wide)
+    before = {n: p.clone() for n, p in task.model.named_parameters() if "base_layer.weight" in n}
+    state, _, _, traffic = drive(task, method, rounds=2)
+    wired, _, _, same = drive(task, method, "loopback", rounds=2)
+    stacked, _, _, _ = drive(task, method, "stacked", rounds=2, block=2)
+    assert torch.equal(state.x, wired.x) and traffic == same
+    assert float((state.x - stacked.x).norm() / state.x.norm()) <= 1e-4
+    assert all(torch.equal(dict(task.model.named_parameters())[n], p) for n, p in before.items())
+    if name == "qat":
+        assert not any(applies(shape) for shape in method.split(task.model, task.tracked).layout.shapes), "rank 2"
+
+
+@pytest.mark.parametrize("operator", ["fedex", "flora", "product_svd_residual"])
+def test_products_do_not_go_into_a_base_of_few_bits(operator):
+    with pytest.raises(MethodError, match="base_bits = 4 holds it in 4 bits"):
+        Method(partition=partition.lora(base_bits=4), aggregator=aggregation.low_rank(operator=operator))
+    Method(partition=partition.lora(), aggregator=aggregation.low_rank(operator=operator))
+
+
+def test_wrong_bits_and_a_base_that_is_trained_whole_are_refused():
+    with pytest.raises(ConfigError, match=r"lora\.base_bits: 8, 4, or 0"):
+        partition.lora(base_bits=3)
+
+    class Tied(Wide):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twin = nn.Linear(20, 24)
+            self.twin.weight = self.stem.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    with pytest.raises(MethodError, match=r"twin\.weight in few bits, and it is tied to stem\.weight"):
+        build(partition.lora(targets="twin", also="stem", base_bits=8), Tied)
+
+
+def test_saved_adapters_belong_on_the_quantized_base(tmp_path):
+    part = partition.lora(**EVERYWHERE | {"targets": ("conv", "stem")}, base_bits=4)
+    torch.manual_seed(3)
+    base = Wide()
+    result = taciturn.run(Experiment(Task(base, make_federation()), METHOD.replace(partition=part), rounds=2))
+    folder = part.save(result.tensors, base, tmp_path / "adapters")
+    assert json.loads((folder / "adapter_config.json").read_text())["rank_pattern"] == {}, "W0 has not moved"
+    low = copy.deepcopy(base)
+    with torch.no_grad():
+        for layer in (low.conv, low.stem):
+            layer.weight.copy_(part.held(layer.weight))
+    opened = peft.PeftModel.from_pretrained(low, folder).eval()
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(opened(x), result.model(x))
+
+
+def test_base_bits_are_in_the_configuration_and_come_back():
+    toml = {"name": "lora", "rank": 2, "base_bits": 4}
+    part = config.build_part("partition", toml, "method.partition")
+    assert part == partition.lora(rank=2, base_bits=4)
+    with pytest.raises(ConfigError, match=r"method\.partition\.base_bits"):
+        config.build_part("partition", toml | {"base_bits": 5}, "method.partition")
+
+
+@pytest.mark.slow
+def test_accuracy_with_a_base_in_few_bits():
+    """Digits, MLP 64-64 of random base: neither 8 nor 4 bits cost accuracy."""
+    task = taciturn.TaskSpec(taciturn.data.digits(clients=8), taciturn.models.mlp(hidden=(64, 64)))
+    found = {}
+    for bits in (0, 8, 4):
+        part = partition.lora(rank=4, alpha=8, also="head", base_bits=bits)
+        method = Method(partition=part, solver=solvers.adamw(lr=0.01), batch_size=16)
+        found[bits] = taciturn.run(Experiment(task, method, rounds=10, evaluate_every=10)).metrics["accuracy"]
+    assert found[0] > 0.75 and min(found[8], found[4]) > found[0] - 0.05, found

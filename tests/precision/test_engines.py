@@ -139,7 +139,7 @@ def test_policies_are_exact():
     assert {name: row.tolist() for name, row in told.items()} == {
         "train": [0, 7, 0, 0], "send": [0, 7, 7, 0], "inputs": [0, 127, 0, 0], "bfloat16": [0, 0, 0, 1],
     }  # fmt: skip
-    assert set(knobs(precision.all("bfloat16"), ids, key)) == {"bfloat16"}
+    assert set(knobs(precision.all("bfloat16"), ids, key, {})) == {"bfloat16"}
     assert set(knobs(precision.all("ptq4", inputs=8), ids, key)) == {"send"}
 
 

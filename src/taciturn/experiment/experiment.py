@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
 from taciturn.aggregation import controlled, running
 from taciturn.core.errors import ConfigError, require
 from taciturn.fleet import Fleet, named
@@ -18,6 +20,7 @@ from taciturn.method import Method
 from taciturn.tasks.spec import TaskSpec
 from taciturn.tasks.task import Task
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Callback = Callable[[dict[str, Any]], None]  # is called with the record's line after every round
 
 

@@ -6,8 +6,8 @@ Units: bytes up and down without evaluation; seconds of wall time, and simulated
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from taciturn.core.errors import RunError
 from taciturn.core.state import write_atomic
+from taciturn.experiment import deployment
+from taciturn.experiment.deployment import Exported
+from taciturn.experiment.experiment import DTYPES, Experiment
 from taciturn.experiment.record import read_header, read_lines
 from taciturn.precision.fake import deployed
+from taciturn.tasks.built import BuiltTask
 
 
 def worst_decile(values: list[float], goal: str) -> float | None:
@@ -72,7 +76,7 @@ class Result:
     tensors: dict[str, Tensor]
     stopped: str
     folder: Path | None = None
-    _model: Callable[[dict[str, Tensor]], nn.Module] | None = field(default=None, repr=False)
+    _task: BuiltTask | None = field(default=None, repr=False)
     _client: Callable[[str], dict[str, Tensor]] | None = field(default=None, repr=False)
 
     @property
@@ -98,9 +102,16 @@ class Result:
     @property
     def model(self) -> nn.Module:
         """The trained model, in evaluation mode. Errors: `RunError` for a result that was loaded without its task."""
-        if self._model is None:
-            raise RunError("this result was loaded from a folder; load its tensors: model.load_state_dict(result.tensors)")
-        return self._model(self.tensors)
+        return self._built.model_with(self.tensors)
+
+    @property
+    def _built(self) -> BuiltTask:
+        if self._task is None:
+            raise RunError(
+                "this result was loaded from a folder without its task; load it with the experiment, load(folder, "
+                "experiment), or load its tensors: model.load_state_dict(result.tensors)"
+            )
+        return self._task
 
     def quantized(self, bits: int) -> nn.Module:
         """The model as it is deployed with so many bits a weight (precision/fake.py). Errors: as for `model`."""
@@ -113,9 +124,32 @@ class Result:
 
         Errors: `RunError` as for `model`, and once the folder was resumed.
         """
-        if self._model is None or self._client is None:
-            raise RunError("personal models live with a run's clients; this result was loaded from a folder")
-        return self._model(self._client(name))
+        if self._task is None or self._client is None:
+            raise RunError(
+                "personal models live with a run's clients; this result was loaded from a folder: run(experiment, out = "
+                "folder, resume = True) opens a finished run with its clients"
+            )
+        return self._task.model_with(self._client(name))
+
+    def export(self, path: str | Path, format: str = "int8", bits: int = 8, client: str | None = None) -> Path:
+        """Write the model, or that of one client, as a file in few bits that holds no code.
+
+        format: "int8" (`precision.packed.load` reads it), "onnx", "onnx-int8", "onnx-int8-dynamic"; bits: 2 to 8, of every
+        weight with 16 features on both sides. Errors: as for `model`, `client` and `deployment.export`.
+        """
+        model = self.model if client is None else self.client(client)
+        return deployment.export(self._built, model, path, format, bits)
+
+    def measure(
+        self, bits: int = 8, client: str | None = None, formats: Sequence[str] | None = None, patience: float = 0.5
+    ) -> list[Exported]:
+        """Bytes, metrics on the test data and latency on one thread of the float32 model and of each format.
+
+        patience: seconds of timing for each, in turns. formats: None: all whose packages are there. Errors: as `export`;
+        `DataError` without test data.
+        """
+        model = self.model if client is None else self.client(client)
+        return deployment.measure(self._built, model, bits, client, formats, patience)
 
     def save(self, folder: str | Path) -> Path:
         """Write header, history and tensors to a folder that `load` reads."""
@@ -137,8 +171,11 @@ class Result:
         write_atomic(folder / "result.json", [json.dumps(done, indent=1).encode()])
 
 
-def load(folder: str | Path) -> Result:
-    """The result in a run folder, or one that `Result.save` wrote. Errors: `RunError`."""
+def load(folder: str | Path, experiment: Experiment | None = None) -> Result:
+    """The result in a run folder, or one that `Result.save` wrote; with its experiment it also has `model` and `export`.
+
+    Errors: `RunError` where the folder cannot be read, or holds another model than the experiment has.
+    """
     folder = Path(folder)
     header = read_header(folder)
     try:
@@ -146,4 +183,16 @@ def load(folder: str | Path) -> Result:
         stopped = json.loads((folder / "result.json").read_text())["stopped"]
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{folder} holds a run that has not ended: {error}; resume it") from error
-    return Result(header, read_lines(folder), tensors, stopped, folder)
+    result = Result(header, read_lines(folder), tensors, stopped, folder)
+    if experiment is None:
+        return result
+    task = experiment.task.build(experiment.seed, "cpu", DTYPES[experiment.dtype], experiment.method.partition.prepare)
+    wanted = {name: tuple(t.shape) for name, t in task.model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    differ = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    if differ:
+        raise RunError(
+            f"{folder} holds another model than this experiment has: {', '.join(differ[:3])} differ; give the experiment "
+            "that was run (config.toml)"
+        )
+    return replace(result, _task=task)

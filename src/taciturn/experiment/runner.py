@@ -31,7 +31,7 @@ from taciturn.engines.modes import Path as EnginePath
 from taciturn.experiment.allocation import allocated
 from taciturn.experiment.central import Central
 from taciturn.experiment.config import to_table, to_toml
-from taciturn.experiment.experiment import Callback, Experiment
+from taciturn.experiment.experiment import DTYPES, Callback, Experiment
 from taciturn.experiment.interrupts import interrupts
 from taciturn.experiment.record import FORMAT, RunFolder
 from taciturn.experiment.result import Result
@@ -42,7 +42,6 @@ from taciturn.precision.policies import deployed_bits, learns
 from taciturn.round import RoundStats, ServerState, fed_round, start
 from taciturn.tasks.built import BuiltTask
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LISTED = 10_000  # clients whose names are in run.json; with more, each evaluation names its own
 MAY_DIFFER = (
     "rounds",
@@ -388,4 +387,4 @@ def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None
         return tensors(x, own["v"][0], own["b"][0])
 
     v = held["x"] if split.personal == split.layout else split.v0  # of twins, the server's is the one that is shared
-    return Result(header, run.history, tensors(held["x"], v, split.b0), stopped, folder, run.task.model_with, client)
+    return Result(header, run.history, tensors(held["x"], v, split.b0), stopped, folder, run.task, client)

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from taciturn.core.errors import ConfigError, MethodError, ModelError, require, unknown
+from taciturn.core.rounding import applies, levels, quantized
 from taciturn.core.state import State, write_atomic
 from taciturn.core.types import Record, Split
 from taciturn.core.vector import Kind, Layout, Part
@@ -64,9 +65,13 @@ class lora:
     at the start, and R [r, r] from 0 (Fed-SB). rest, with "A" or "B": the other factor is "frozen", at its start, the same
     for all; "personal": trained, and stays on the client; "server": the server's, which sends it (low_rank fedsvd). share
     "B", rest "frozen" is FFA-LoRA; share "A", rest "personal" FedSA-LoRA.
+    base_bits: 8 or 4: W0 is Q(W0) (core/rounding.py) where it has 16 features on both sides, so that adapters are trained
+    on what is deployed, as in QLoRA; adapters, `also` and `personal` stay float. 0: W0 as it is given.
     Departure: Fed-SB starts from an SVD of the first gradient; here B and A are random.
     Errors: `ModelError` for targets that cannot have one; `UnknownName`; `ConfigError` without peft.
-    Source: Hu et al. 2021 (arXiv 2106.09685).
+    With base_bits, QLoRA has blocks of NF4 and double quantization; here one symmetric scale a channel. In a simulation
+    the weights are dequantized once, in `prepare`: they are few bits in an exported file, not in its memory.
+    Source: Hu et al. 2021 (arXiv 2106.09685); Dettmers et al. 2023 (arXiv 2305.14314).
     """
 
     rank: int = 8
@@ -78,6 +83,7 @@ class lora:
     rest: Literal["frozen", "personal", "server"] = "frozen"
     ranks: tuple[int, ...] = ()
     personal: tuple[str, ...] | str = ()
+    base_bits: Literal[0, 4, 8] = 0
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank: at least 1; got {self.rank}")
@@ -92,6 +98,7 @@ class lora:
         wrong = self.ranks and (min(self.ranks) < 1 or max(self.ranks) != self.rank)
         require(not wrong, f"lora.ranks: at least 1, the largest being rank = {self.rank}; got {self.ranks}")
         require(self.share == "both" or not self.ranks, f'lora.ranks: with share = "both"; got {self.share!r}')
+        require(self.base_bits in (0, 4, 8), f"lora.base_bits: 8, 4, or 0 for the base as it is; got {self.base_bits}")
         require(self.share != "core" or not self.personal, 'lora.personal: with share = "core" only R is trained')
         if self.share == "A" and self.rest != "personal":
             raise MethodError(
@@ -137,6 +144,7 @@ class lora:
         if beside & own:
             raise MethodError(f"lora: {', '.join(sorted(beside & own))} cannot be shared (also) and personal; choose one")
         also = {name for name, _ in model.named_parameters() if below(name, beside | own)}
+        self._lower(model, names, also)
         pattern = "|".join(re.escape(name) for name in names)
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=f"({pattern})", bias="none"
@@ -152,6 +160,24 @@ class lora:
             elif "lora_embedding_" in name and self.share == "B":  # peft starts a table's A at 0, so B would never move
                 (nn.init.normal_ if FACTOR["A"].search(name) else nn.init.zeros_)(parameter)
         return made
+
+    def _lower(self, model: nn.Module, names: list[str], also: set[str]) -> None:
+        """W <- Q(W) in these layers. Errors: `MethodError` where one is tied to a weight that is trained whole."""
+        trained = {id(p): name for name, p in model.named_parameters(remove_duplicate=False) if name in also}
+        for name in names if self.base_bits else []:
+            weight = model.get_parameter(f"{name}.weight")
+            if id(weight) in trained:
+                raise MethodError(
+                    f"lora: base_bits = {self.base_bits} would hold {name}.weight in few bits, and it is tied to "
+                    f"{trained[id(weight)]}, which is trained whole; leave one of them out, or base_bits = 0"
+                )
+            with torch.no_grad():
+                weight.copy_(self.held(weight))
+
+    def held(self, weight: Tensor) -> Tensor:
+        """W0 [m, n, ..] of a target layer as clients hold it: Q(W0) with base_bits where it applies, else as it is."""
+        low = self.base_bits and applies(weight.shape)
+        return quantized(weight, torch.tensor(levels(self.base_bits), device=weight.device)) if low else weight
 
     def _apart(self, name: str) -> bool:
         """True for the factor that is not shared."""
@@ -180,8 +206,9 @@ class lora:
     def save(self, tensors: Mapping[str, Tensor], model: nn.Module, folder: str | Path) -> Path:
         """The adapters of a trained model (`Result.tensors`) as a folder for `PeftModel.from_pretrained(model, folder)`.
 
-        model: as it was given, without adapters. What `also` shares is not an adapter and is not written. Where W0 took
-        products, the adapter is as wide as the rank of all that was learnt: then it and `model` are the trained layer.
+        model: as it was given, without adapters; with base_bits they belong on it with `held(W0)` for W0. What `also`
+        shares is not an adapter and is not written. Where W0 took products, the adapter is as wide as the rank of all that
+        was learnt: then it and `model` are the trained layer.
         """
         names, folder = self.adapted(model), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,8 +226,9 @@ class lora:
 
     def _widened(self, layer: str, tensors: Mapping[str, Tensor], kept: dict[str, Tensor], model: nn.Module) -> int:
         """Put W - W0 into the adapter of a layer whose base has moved -> its rank, with alpha = rank; 0 if it has not."""
-        now, given = tensors[f"{layer}.base_layer.weight"].cpu(), model.get_parameter(f"{layer}.weight").detach().cpu()
-        if torch.equal(now, given.to(now)):
+        now = tensors[f"{layer}.base_layer.weight"].cpu()
+        given = self.held(model.get_parameter(f"{layer}.weight").detach().to(now))
+        if torch.equal(now, given):
             return 0
         table = f"{layer}.lora_embedding_A" in kept
         left, right = (f"{layer}.lora_{'embedding_' if table else ''}{side}{'' if table else '.weight'}" for side in "BA")

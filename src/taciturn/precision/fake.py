@@ -1,10 +1,8 @@
-"""The weights and inputs that quantization-aware training sees: one symmetric quantizer, its bits as data.
+"""The weights and inputs that quantization-aware training sees: the quantizer Q of core/rounding.py, its bits as data.
 
-    Q(w)_rj = s_r round(w_rj / s_r),  s_r = max_j |w_rj| / L,  s_r = 1 for a row of zeros
-
-with rows r of the first axis (output channels). The largest magnitude lands on L, so nothing is ever clipped and the
-straight-through backward is the identity: the gradient at w is that of the float model at Q(w). A client therefore
-quantizes the weights, and takes its gradient there (client.py): no node of autograd and no module is changed.
+The largest magnitude of a row lands on L, so nothing is ever clipped and the straight-through backward is the identity:
+the gradient at w is that of the float model at Q(w). A client therefore quantizes the weights, and takes its gradient
+there (client.py): no node of autograd and no module is changed.
 `straight` is the same as a node, for inputs, and for models that are trained without engines.
 
 Symbols: w [o, i, ..] a weight; levels [] L of this client, 0: Q(w) = w, bit for bit. Tensors of fewer than two axes (norms,
@@ -14,37 +12,17 @@ biases) and layers with fewer than 16 input or output features stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from taciturn.core.rounding import applies, quantized
+from taciturn.core.rounding import levels as levels_of
 from taciturn.core.types import Record
 from taciturn.precision.layers import Told, around, through
-from taciturn.precision.modes import levels as levels_of
-
-LEAST = 16  # features of a layer on either side
-
-
-def applies(shape: Sequence[int]) -> bool:
-    """True for weights of layers with 16 features or more on both sides; first and depthwise convolutions stay float.
-
-    >>> applies((64, 32, 3, 3)), applies((64, 3, 3, 3)), applies((64,))
-    (True, False, False)
-    """
-    return len(shape) > 1 and min(shape[:2]) >= LEAST
-
-
-def quantized(w: Tensor, levels: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
-    """Q(w) [o, ..] for any number of levels []; |Q(w) - w| <= s_r / 2. Five passes over w.
-
-    axes: of one row, all but the first unless given. A row whose scale is below the normal numbers counts as zeros.
-    """
-    scale = w.abs().amax(axes or tuple(range(1, w.dim())), keepdim=True) / levels
-    scale = torch.where(scale >= torch.finfo(w.dtype).tiny, scale, 1.0)
-    return torch.where(levels > 0, (w / scale).round_().mul_(scale), w)
 
 
 def lowered(tensors: Record, levels: Tensor) -> Record:

@@ -16,18 +16,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from taciturn.core.errors import require, unknown
+from taciturn.core.rounding import levels
 
 BITS = (2, 3, 4, 8)
-
-
-def levels(bits: int) -> int:
-    """L = 2^(b-1) - 1; 0 bits: 0, no quantization. Errors: `ConfigError` for 1 bit, which leaves zero alone.
-
-    >>> levels(8), levels(2), levels(0)
-    (127, 1, 0)
-    """
-    require(bits == 0 or 2 <= bits <= 8, f"precision: 2 to 8 bits, or 0 for none; got {bits}")
-    return 2 ** (bits - 1) - 1 if bits else 0
 
 
 @dataclass(frozen=True)
