@@ -48,9 +48,9 @@ def wide():
 def test_bits_of_each_client_are_the_same_on_every_engine(codec, wide):
     """Loopback in every bit and byte; stacked in every byte that packing does not shrink, and to rounding."""
     method = BASE.replace(precision=MIXED, codec=CODECS[codec])
-    alone, engine, _, traffic = drive(wide, method, rounds=3)
-    wired, other, _, wire_traffic = drive(wide, method, "loopback", rounds=3)
-    stacked, _, _, stacked_traffic = drive(wide, method, "stacked", rounds=3, block=3)
+    alone, engine, _, traffic = drive(wide, method, rounds=2)
+    wired, other, _, wire_traffic = drive(wide, method, "loopback", rounds=2)
+    stacked, _, _, stacked_traffic = drive(wide, method, "stacked", rounds=2, block=3)
     assert torch.equal(alone.x, wired.x) and equal(engine.store.export(), other.store.export())
     assert traffic == wire_traffic and traffic[0]["by_kind"]["down/plan"]["payload"] == 5 * 4
     assert stacked_traffic == traffic or codec == "lossless"
@@ -66,7 +66,6 @@ def test_float_clients_are_those_of_a_run_without_precision(personal, wide):
     modes = ("float32",) * 8 + ("qat4", "bfloat16")  # 8 clients
     told = drive(wide, method.replace(precision=precision.fixed(modes, inputs=8)))[0]
     assert torch.equal(plain.x, told.x)
-    assert not torch.equal(plain.x, drive(wide, method.replace(precision=precision.all("bfloat16")))[0].x)
     assert not torch.equal(plain.x, drive(wide, method.replace(precision=precision.all("qat4")))[0].x)
 
 
