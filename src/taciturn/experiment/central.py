@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from taciturn.client import Work
+from taciturn.core.rounding import levels
 from taciturn.core.state import State
 from taciturn.core.types import Batch, Clients
 from taciturn.engines.frozen import Evaluated
 from taciturn.precision import fake
-from taciturn.precision.modes import levels
 from taciturn.tasks.built import BuiltTask
 
 AT_ONCE = 1024  # samples

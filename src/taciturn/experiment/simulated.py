@@ -22,12 +22,12 @@ from taciturn.client import Work
 from taciturn.core import random
 from taciturn.core.errors import ConfigError, require
 from taciturn.core.random import Key
+from taciturn.core.rounding import levels
 from taciturn.core.state import State
 from taciturn.core.types import Batch, Task
 from taciturn.experiment.experiment import Experiment
 from taciturn.fleet import Clock, Fleet, Operator, count, named
 from taciturn.precision.forward import KNOBS
-from taciturn.precision.modes import levels
 from taciturn.precision.policies import told
 from taciturn.round import RoundStats
 from taciturn.tasks.built import BuiltTask

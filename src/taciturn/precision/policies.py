@@ -16,9 +16,10 @@ from torch import Tensor
 
 from taciturn.core.errors import ConfigError, require
 from taciturn.core.random import Key, fold, permutation
+from taciturn.core.rounding import levels
 from taciturn.core.state import State
 from taciturn.core.types import Plan, Record
-from taciturn.precision.modes import levels, runnable
+from taciturn.precision.modes import runnable
 
 
 class Policy(Protocol):
