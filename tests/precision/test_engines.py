@@ -139,7 +139,7 @@ def test_policies_are_exact():
         "train": [0, 7, 0, 0], "send": [0, 7, 7, 0], "inputs": [0, 127, 0, 0], "bfloat16": [0, 0, 0, 1],
     }  # fmt: skip
     assert set(knobs(precision.all("bfloat16"), ids, key, {})) == {"bfloat16"}
-    assert set(knobs(precision.all("ptq4", inputs=8), ids, key)) == {"send"}
+    assert set(knobs(precision.all("ptq4", inputs=8), ids, key, {})) == {"send"}
 
 
 def test_a_run_goes_on_and_workers_change_nothing(tmp_path):
