@@ -1,4 +1,4 @@
-"""taciturn ls | show | run | advise | report | profile.
+"""taciturn ls | show | run | advise | report | profile | deploy.
 
 Exit codes: 0 done; 1 the run failed (its last checkpoint is kept); 2 wrong input (a name, a value, data, a model);
 3 the run folder cannot be used (locked, another version, disk full); 130 interrupted (resume with --resume).
@@ -24,11 +24,12 @@ from taciturn.advisor import advise as advise_on
 from taciturn.advisor import show as show_advice
 from taciturn.core.errors import AllClientsFailed, ConfigError, RunError, TaciturnError, unknown
 from taciturn.core.state import write_atomic
-from taciturn.experiment import config
+from taciturn.experiment import config, deployed, federation
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.preview import preview
 from taciturn.experiment.recipes import RECIPES, check_data, recipe
-from taciturn.experiment.record import read_header
+from taciturn.experiment.record import read_header, read_lines
+from taciturn.experiment.result import load
 from taciturn.experiment.runner import Interrupted
 from taciturn.experiment.runner import run as run_experiment
 from taciturn.fleet import Fleet, Measured, Profile, measure
@@ -39,9 +40,13 @@ from taciturn.report import human_bytes, write_report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(), Console(stderr=True)
+sites = typer.Typer(no_args_is_help=True, help="Run an experiment over Flower: init | up | status | down.")
+app.add_typer(sites, name="deploy")
 
 Source = Annotated[str, typer.Argument(help="a recipe (taciturn ls) or a TOML file")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="path=value, for example method.solver.lr=0.05")]
+Recipe = Annotated[str, typer.Option("--recipe", help="a recipe (taciturn ls) or a TOML file")]
+Place = Annotated[Path, typer.Argument(help="folder of the federation")]
 Data = Annotated[str, typer.Option("--data", help="folder or file of the recipe's data")]
 
 
@@ -217,6 +222,72 @@ def profile(
         raise RunError(f"cannot write {file}: {error.strerror}") from error
     _print_measured(found)
     out.print(escape(f"{file}: use it with --set fleet={file}"), soft_wrap=True)
+
+
+@sites.command()
+def init(
+    place: Place = Path("deploy"),
+    source: Recipe = "quickstart",
+    nodes: Annotated[int, typer.Option(help="sites")] = 2,
+    hosts: Annotated[
+        str, typer.Option(help="names and addresses of the server, for its certificate")
+    ] = "localhost,127.0.0.1",
+    rounds: Annotated[int | None, typer.Option(help="rounds in all")] = None,
+    settings: Settings = None,
+    data: Data = "",
+) -> None:
+    """Write the Flower app with the experiment's TOML, a certificate for the server and a key for each site."""
+    experiment = _experiment(source, settings, data, rounds=rounds)
+    deployed.check_deployable(experiment, nodes)
+    place = place.resolve()
+    federation.make_keys(place / "keys", nodes, hosts.split(","))
+    deployed.bundle(experiment, place / "app", **{"out": str(place / "run"), "min-available-nodes": nodes})
+    out.print(
+        escape(f"{place / 'app'}: what is run; {place / 'keys'}: node-K to site K only, ca.crt to all"), soft_wrap=True
+    )
+
+
+@sites.command()
+def up(
+    place: Place = Path("deploy"),
+    source: Recipe = "quickstart",
+    nodes: Annotated[int, typer.Option(help="SuperNodes; client i is at node i mod this")] = 2,
+    rounds: Annotated[int | None, typer.Option(help="rounds in all")] = None,
+    deadline: Annotated[float, typer.Option(help="seconds after which a round goes on without who is late")] = 600.0,
+    settings: Settings = None,
+    data: Data = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of progress")] = False,
+) -> None:
+    """Start SuperLink and SuperNodes here with TLS and node keys, run, clean up. A run that the folder holds goes on."""
+    place = place.resolve()
+    experiment = _experiment(source, settings, data, rounds=rounds)
+    check_data(experiment, source)
+    deployed.check_deployable(experiment, nodes)
+    told = {"out": str(place / "run"), "deadline": deadline, "min-available-nodes": nodes}
+    deployed.bundle(experiment, place / "app", **told)
+    with federation.Federation(place, nodes) as held, _progress(experiment, as_json) as callback:
+        held.run(place / "app", place / "run", callback)
+    result = load(place / "run")
+    summary = result.summary | {"stopped": result.stopped, "folder": str(place / "run")}
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        _print_summary(summary)
+
+
+@sites.command()
+def status(place: Place = Path("deploy")) -> None:
+    """Which processes of a federation run, and how far its run is."""
+    rows = {name: f"process {pid}" for name, pid in federation.alive(place.resolve()).items()}
+    lines = read_lines(place / "run") if (place / "run" / "record.jsonl").exists() else []
+    _print_summary(rows | {"rounds": len(lines)})
+
+
+@sites.command()
+def down(place: Place = Path("deploy")) -> None:
+    """End the processes of a federation that was left behind."""
+    ended = federation.end_all(place.resolve())
+    out.print(escape(", ".join(ended) or "nothing runs"), soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ output

@@ -154,7 +154,8 @@ def apps(file: str) -> tuple[Any, Any]:
     return flower.apps(lambda line, settings: serve(_experiment(folder), line, settings), live)
 
 
-def check_deployable(experiment: Experiment) -> None:
+def check_deployable(experiment: Experiment, nodes: int) -> None:
     """Errors: `ConfigError` for what a deployed run does not do."""
+    require(nodes >= 1, f"--nodes: at least 1; got {nodes}")
     if experiment.deadline is not None:
         raise ConfigError("deadline: simulated seconds do not end a deployed round; use --deadline of `taciturn deploy up`")
