@@ -3,8 +3,8 @@
 A SuperLink and two SuperNodes with TLS and node authentication, each a process of its own on this machine, run methods one
 after the other; the loopback engine runs the same in this process. Compared are the final model, bit for bit, every byte of
 every client by direction and kind (the record's lines), and the bytes of frames that the line carried. Measured are the
-seconds of an exchange, and how many more seconds a round takes than with loopback. TLS is shown by a handshake that checks the
-certificate, and by a plain-text connection that is refused; authentication by a node whose key was never registered.
+seconds of an exchange, and how many more seconds a round takes than with loopback. TLS is shown by a handshake that checks
+the certificate, and by a plain-text connection that is refused; authentication by a node whose key was never registered.
 
 Installs `taciturn[flower]` with the pinned versions if flwr is missing. Symbols: two clients, one at each node.
 """

@@ -25,6 +25,7 @@ from taciturn.advisor import show as show_advice
 from taciturn.core.errors import AllClientsFailed, ConfigError, RunError, TaciturnError, unknown
 from taciturn.core.state import write_atomic
 from taciturn.experiment import config, deployed, federation
+from taciturn.experiment.desk import serve as serve_desk
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.preview import preview
 from taciturn.experiment.recipes import RECIPES, check_data, recipe
@@ -281,6 +282,12 @@ def status(place: Place = Path("deploy")) -> None:
     rows = {name: f"process {pid}" for name, pid in federation.alive(place.resolve()).items()}
     lines = read_lines(place / "run") if (place / "run" / "record.jsonl").exists() else []
     _print_summary(rows | {"rounds": len(lines)})
+
+
+@sites.command()
+def desk(state: Annotated[Path, typer.Argument(help="the node's state-dir")]) -> None:
+    """Keep a node's experiment loaded, so that its answers need not wait for torch to be imported; until it is ended."""
+    serve_desk(state, deployed.at_node)
 
 
 @sites.command()

@@ -1,4 +1,4 @@
-"""Letters over Flower: the one module that imports flwr, and only `flwr.app`, `flwr.serverapp`, `flwr.clientapp`.
+"""Letters over Flower: the one module that imports flwr, and only `flwr.app` and `flwr.serverapp`.
 
 A message to a node holds the letters of the clients that live there: frames as `Array(stype="taciturn")`, whose bytes are
 what the ledger accounts, and orders as JSON in a `ConfigRecord`. Client i lives at the node whose `partition-id` is i mod
@@ -19,23 +19,21 @@ from taciturn.engines.letters import Letter, order_of, order_text
 STYPE = "taciturn"
 TYPES = {"hello": "query", "observe": "train", "collect": "train", "measure": "evaluate"}  # of Flower's messages
 SHORTEST, LONGEST = 0.05, 0.5  # seconds between two looks for answers
-Answer = Callable[[Letter], Letter]
 Serve = Callable[["FlowerLine", dict[str, Any]], None]  # line, run config
-Live = Callable[[dict[str, Any], dict[str, Any]], Answer]  # node config, run config -> what answers letters
 
 
-def _flwr() -> tuple[Any, Any, Any]:
-    """Its three modules that we use. Errors: `ConfigError` if it is not installed."""
+def _flwr() -> tuple[Any, Any]:
+    """Its modules that a server uses. Errors: `ConfigError` if it is not installed."""
     try:
-        from flwr import app, clientapp, serverapp
+        from flwr import app, serverapp
     except ImportError as error:
         raise ConfigError(f"engine = \"flower\" needs flwr ({error}): pip install 'taciturn[flower]'") from error
-    return app, serverapp, clientapp
+    return app, serverapp
 
 
 def content_of(letters: Sequence[Letter]) -> Any:
     """Letters -> the content of one message."""
-    app, _, _ = _flwr()
+    app, _ = _flwr()
     orders = app.ConfigRecord({"clients": [letter.client for letter in letters]})
     records: dict[str, Any] = {"orders": orders}
     for place, letter in enumerate(letters):
@@ -129,7 +127,7 @@ class FlowerLine:
 
     def _talk(self, told: dict[int, tuple[str, Any]], seconds: float) -> Iterator[tuple[int, Any]]:
         """Messages {node: (type, content)} -> (node, content) of each answer in time; a node that fails gives none."""
-        app, _, _ = _flwr()
+        app, _ = _flwr()
         end, pause = time.monotonic() + seconds, SHORTEST
         ttl = max(seconds, 1.0)
         messages = [
@@ -150,25 +148,13 @@ class FlowerLine:
             pause = min(LONGEST, 1.5 * pause)
 
 
-def apps(serve: Serve, live: Live) -> tuple[Any, Any]:
-    """The two apps of a bundle: `serve` runs the rounds over a line, `live` makes what answers at a node."""
-    app, serverapp, clientapp = _flwr()
-    server, client = serverapp.ServerApp(), clientapp.ClientApp()
+def server_app(serve: Serve) -> Any:
+    """The server's app of a bundle: `serve` runs the rounds over a line."""
+    _, serverapp = _flwr()
+    server = serverapp.ServerApp()
 
     def main(grid: Any, context: Any) -> None:
         serve(FlowerLine(grid), dict(context.run_config))
 
-    def reply(message: Any, context: Any) -> Any:
-        node, found = dict(context.node_config), []
-        letters = letters_of(message.content)
-        if letters:
-            answer = live(node, dict(context.run_config))
-            found = [answer(letter) for letter in letters]
-        content = content_of(found)
-        content["node"] = app.ConfigRecord({name: node[name] for name in ("partition-id", "num-partitions")})
-        return app.Message(content, reply_to=message)
-
     server.main()(main)
-    for kind in sorted(set(TYPES.values())):
-        getattr(client, kind)()(reply)
-    return server, client
+    return server

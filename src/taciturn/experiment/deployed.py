@@ -1,6 +1,6 @@
 """An experiment as a Flower app: the bundle that is shipped, what its server runs, and what its nodes answer.
 
-The bundle holds the experiment's TOML as it was simulated, and three lines of Python. Run config: `out` (the server's run
+The bundle holds the experiment's TOML as it was simulated, and two short Python files. Run config: `out` (the server's run
 folder; a run that is there goes on), `deadline` (seconds of a round), `min-available-nodes`. Node config: `partition-id`,
 `num-partitions`, `state-dir` (what the node's clients keep), and where needed `data-path` in place of data.path.
 """
@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from taciturn.core.errors import ConfigError, require
 from taciturn.core.state import write_atomic
 from taciturn.core.types import SyncRule
 from taciturn.engines import flower
-from taciturn.engines.letters import Letter
+from taciturn.engines.letters import Letter, order_of, order_text
 from taciturn.engines.site import Site, answer
 from taciturn.engines.sites import SECONDS, Sites
 from taciturn.experiment.config import from_table, read_toml, set_path, to_table, to_toml
@@ -35,14 +36,13 @@ from taciturn.experiment.runner import DTYPES, MAY_DIFFER, run
 TOML = "experiment.toml"
 SETTINGS: dict[str, Any] = {"out": "run", "deadline": SECONDS, "min-available-nodes": 2}
 ELSEWHERE = ("engine", "block", "keep_gib", "device", "fleet")  # fields that change no bit of a deployed run
-APP = '''"""The experiment beside this file, as a Flower app."""
+SERVER = '''"""The server's half of the experiment beside this file, as a Flower app."""
 
-from taciturn.experiment.deployed import apps
+from taciturn.experiment.deployed import server_app
 
-both = apps(__file__)
-server = both[0]
-client = both[1]
+server = server_app(__file__)
 '''
+CLIENT = Path(__file__).with_name("client_app.txt")  # a program that does not import taciturn
 LICENSE = "The experiment and its data belong to those who run it. The library is under the Apache License 2.0.\n"
 
 
@@ -69,7 +69,7 @@ def bundle(experiment: Experiment, folder: Path, **settings: Any) -> Path:
             "flwr": {
                 "app": {
                     "publisher": "taciturn",
-                    "components": {"serverapp": "taciturn_app:server", "clientapp": "taciturn_app:client"},
+                    "components": {"serverapp": "taciturn_server:server", "clientapp": "taciturn_client:client"},
                     "config": SETTINGS | settings,
                 }
             }
@@ -77,7 +77,8 @@ def bundle(experiment: Experiment, folder: Path, **settings: Any) -> Path:
     }
     texts = {
         "pyproject.toml": tomli_w.dumps(project),
-        "taciturn_app.py": APP,
+        "taciturn_server.py": SERVER,
+        "taciturn_client.py": CLIENT.read_text(encoding="utf-8"),
         TOML: to_toml(experiment),
         "LICENSE": LICENSE,
     }
@@ -133,25 +134,34 @@ def serve(experiment: Experiment, line: flower.FlowerLine, settings: dict[str, A
     print(f"taciturn: done, {len(result.history)} rounds", file=sys.stderr, flush=True)
 
 
-def apps(file: str) -> tuple[Any, Any]:
-    """The server's and the clients' app of the bundle that `file` is in."""
+def server_app(file: str) -> Any:
+    """The server's app of the bundle that `file` is in."""
     folder = Path(file).resolve().parent
+    return flower.server_app(lambda line, settings: serve(_experiment(folder), line, settings))
 
-    def live(node: dict[str, Any], settings: dict[str, Any]) -> Any:
-        for needed in ("partition-id", "num-partitions", "state-dir"):
-            require(needed in node, f"--node-config: {needed} is missing; got {sorted(node)}")
-        which, of = int(node["partition-id"]), int(node["num-partitions"])
-        torch.set_num_threads(1)
-        site = _site(folder, str(node["state-dir"]), str(node.get("data-path", "")))
 
-        def mine(letter: Letter) -> Letter:
-            if letter.client % of != which:
-                return letter.reply(error=f"client {letter.client} is not at this node ({which} of {of})")
-            return answer(site, letter)
+def at_node(told: dict[str, Any], letter: Letter) -> Letter:
+    """Answer a letter at a node; told: "app", the folder of the bundle, and "node", the node config."""
+    node = told["node"]
+    for needed in ("partition-id", "num-partitions", "state-dir"):
+        if needed not in node:
+            return letter.reply(error=f"--node-config: {needed} is missing; got {sorted(node)}")
+    which, of = int(node["partition-id"]), int(node["num-partitions"])
+    if letter.client % of != which:
+        return letter.reply(error=f"client {letter.client} is not at this node ({which} of {of})")
+    torch.set_num_threads(1)
+    try:
+        site = _site(Path(told["app"]), str(node["state-dir"]), str(node.get("data-path", "")))
+    except Exception as error:  # the user's data or model at this node
+        return letter.reply(error=f"{type(error).__name__}: {error}")
+    return answer(site, letter)
 
-        return mine
 
-    return flower.apps(lambda line, settings: serve(_experiment(folder), line, settings), live)
+def in_process(app: Path, node: dict[str, Any], letters: Sequence[tuple[int, str, list[bytes]]]) -> list[Any]:
+    """What a client's file asks where no desk listens: (client, order, frames) of letters -> the same of answers."""
+    told = {"app": str(app), "node": node}
+    found = (at_node(told, Letter(i, order_of(text), tuple(frames))) for i, text, frames in letters)
+    return [(letter.client, order_text(letter.order), list(letter.frames)) for letter in found]
 
 
 def check_deployable(experiment: Experiment, nodes: int) -> None:

@@ -148,6 +148,7 @@ class Federation:
         self.link()
         for number in range(self.nodes):
             self.command("supernode", "register", str(self.keys / f"node-{number}.pub"), CONNECTION)
+            self.desk(number)
             self.node(number)
 
     def link(self) -> None:
@@ -177,6 +178,11 @@ class Federation:
             time.sleep(0.2)
         raise RunError(f"the SuperLink does not listen on port {self.port}; see {self.folder / 'logs' / 'superlink.log'}")
 
+    def desk(self, number: int) -> None:
+        """Start the resident process of a node (desk.py)."""
+        words = "-m", "taciturn.cli", "deploy", "desk", str(self.folder / f"node-{number}")
+        self._spawn(f"desk-{number}", Path(sys.executable).name, *words)
+
     def node(self, number: int) -> None:
         """Start a node."""
         state = self.folder / f"node-{number}"
@@ -191,11 +197,12 @@ class Federation:
     def supervise(self) -> None:
         """Start a node again that has ended."""
         for name, process in list(self.processes.items()):
-            if name.startswith("node-") and process.poll() is not None:
+            if not name.startswith("superlink") and process.poll() is not None:
                 if time.monotonic() - self.restarts.get(name, 0.0) < AGAIN:
                     continue
                 self.restarts[name] = time.monotonic()
-                self.node(int(name.removeprefix("node-")))
+                kind, number = name.split("-")
+                (self.node if kind == "node" else self.desk)(int(number))
 
     def run(self, app: Path, out: Path, say: Callable[[dict[str, Any]], None], seconds: float = 86400.0) -> None:
         """Submit a bundle and wait until its server is done; say: is told every new line of the record.
@@ -226,8 +233,8 @@ class Federation:
         return found.group(1) if found else ""
 
     def _over(self, number: str) -> bool:
-        """True if Flower says that the run has finished; asked every ten seconds, for each question starts a process."""
-        if time.monotonic() - self._asked < 10.0 or not number:
+        """True if Flower says that the run has finished; asked every 30 seconds, for each question starts a process."""
+        if time.monotonic() - self._asked < 30.0 or not number:
             return False
         self._asked = time.monotonic()
         return "finished" in self.command("ls", CONNECTION, "--run-id", number, check=False)
@@ -235,7 +242,7 @@ class Federation:
     def _last(self, name: str) -> str:
         with suppress(OSError):
             lines = (self.folder / "logs" / f"{name}.log").read_text(errors="replace").splitlines()
-            return "; ".join(line for line in lines[-200:] if "rror" in line)[-600:]
+            return "; ".join(line for line in lines[-200:] if re.search(r"\w*Error\b|ERROR", line))[-600:]
         return ""
 
     def command(self, *words: str, check: bool = True) -> str:
