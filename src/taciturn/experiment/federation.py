@@ -209,25 +209,21 @@ class Federation:
 
         Errors: `RunError` if the run ends without a result; what it has done is in `out`, and is gone on with next time.
         """
-        (out / "result.json").unlink(missing_ok=True)
-        told, end, record = 0, time.monotonic() + seconds, out / "record.jsonl"
-        number = self._submit(app)
-        while not (out / "carried.json").exists() or not (out / "result.json").exists():
-            if record.exists() and len(lines := record.read_bytes().splitlines()) > told:
-                for line in lines[told:]:
-                    with suppress(ValueError):
-                        say(json.loads(line))
-                        told += 1
+        for name in ("carried.json", "result.json"):
+            (out / name).unlink(missing_ok=True)
+        told, end, number = len(_lines(out)), time.monotonic() + seconds, self._submit(app)
+        while not (out / "carried.json").exists():
             if time.monotonic() > end or self.processes["superlink"].poll() is not None or self._over(number):
                 time.sleep(1.0)
-                if (out / "result.json").exists():
+                if (out / "carried.json").exists():
                     break
                 raise RunError(f"the run ended without a result; see {self.folder / 'logs'}: {self._last('superlink')}")
             self.supervise()
             time.sleep(0.5)
+            told = _tell(out, told, say)
+        _tell(out, told, say)
 
     def _submit(self, app: Path) -> str:
-        (self.folder / "run" / "carried.json").unlink(missing_ok=True)
         found = re.search(r"(\d{6,})", self.command("run", str(app), CONNECTION))
         self._asked = time.monotonic()
         return found.group(1) if found else ""
@@ -281,6 +277,20 @@ class Federation:
             )
         known = {other: [p.pid, _born(p.pid)] for other, p in self.processes.items()}
         write_atomic(self.folder / "processes.json", [json.dumps(known).encode()])
+
+
+def _lines(out: Path) -> list[bytes]:
+    """The whole lines of a record that another process writes."""
+    record = out / "record.jsonl"
+    return record.read_bytes().split(b"\n")[:-1] if record.exists() else []
+
+
+def _tell(out: Path, told: int, say: Callable[[dict[str, Any]], None]) -> int:
+    """Say what is new in a record -> how many lines are known; one that goes back to its checkpoint becomes shorter."""
+    lines = _lines(out)
+    for line in lines[told:]:
+        say(json.loads(line))
+    return len(lines)
 
 
 def alive(folder: Path) -> dict[str, int]:
