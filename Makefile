@@ -3,7 +3,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 TORCH = $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup demo test test-all check bench clean
+.PHONY: help setup demo test test-all test-deploy check bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,10 +21,14 @@ demo: $(READY)  ## fine-tune a language model in three ways, compare them, write
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## the tests, on all cores
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow and not deploy"
 
 test-all: $(READY)  ## the tests and the slow laws
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto -m "not deploy"
+
+test-deploy: $(READY)  ## a real federation over Flower: processes, TLS, keys, kill -9
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[flower]'
+	$(BIN)/python -m pytest tests/deploy
 
 check: $(READY)  ## format, lint, types, examples in the docs
 	$(BIN)/ruff format --check .
@@ -33,7 +37,7 @@ check: $(READY)  ## format, lint, types, examples in the docs
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench: $(READY)  ## every figure of bench/RESULTS.md
-	for name in fedopt fda fda_rules sketch lora finetune fedapm fedapm_where fedhq engine scale peers codecs packing fleet fuzz_wire least_squares advisor; do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in fedopt fda fda_rules sketch lora finetune fedapm fedapm_where fedhq flower engine scale peers codecs packing fleet fuzz_wire least_squares advisor; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:  ## remove what make made
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,7 +25,9 @@ def drive(task, method, engine="sequential", rounds=5, block=None, seed=0, tap=N
     sizes = task.train.sizes
     for r in range(rounds):
         round_key = random.fold(key, "round", r)
-        ids = method.participation.draw(r, round_key, torch.ones(len(sizes), dtype=torch.bool))
+        there = runner.crew.there()
+        everyone = torch.ones(len(sizes), dtype=torch.bool)
+        ids = method.participation.draw(r, round_key, everyone if there is None else there)
         server, stat = fed_round(server, ids, sizes[ids], method, runner, split, round_key)
         stats.append(stat)
         traffic.append(runner.post.ledger.close_round())

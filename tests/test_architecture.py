@@ -31,6 +31,8 @@ FLOORS = [
 ]
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 OPTIONAL = {
+    "cryptography",
+    "flwr",
     "peft",
     "pyarrow",
     "sklearn",
@@ -109,6 +111,11 @@ def test_optional_packages_are_imported_lazily(path):
 def test_ray_has_one_door():
     users = {str(path.relative_to(ROOT)) for path in FILES if "ray" in {name.split(".")[0] for name in imports(path)}}
     assert users == {"engines/ray.py"}
+
+
+def test_flower_has_one_door():
+    users = {str(path.relative_to(ROOT)) for path in FILES if "flwr" in {name.split(".")[0] for name in imports(path)}}
+    assert users == {"engines/flower.py"}
 
 
 def test_peft_has_one_door():

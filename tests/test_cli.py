@@ -139,3 +139,14 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path):
     done = record.read_bytes().count(b"\n")
     more = call("run", "--resume", str(folder), "--rounds", str(done + 1), "--json")
     assert json.loads(more.stdout.strip().splitlines()[-1])["rounds"] == done + 1
+
+
+def test_deploy_says_what_it_needs_and_what_is_there(tmp_path, monkeypatch, capsys):
+    place = str(tmp_path / "f")
+    assert call("deploy", "status", place).stdout.split() == ["rounds", "0"]
+    assert "nothing runs" in call("deploy", "down", place).stdout
+    monkeypatch.setattr("taciturn.experiment.federation.find_spec", lambda name: None)
+    code, message = fails(monkeypatch, capsys, "deploy", "up", place, *SMALL)
+    assert code == 2 and "pip install 'taciturn[flower]'" in message
+    code, message = fails(monkeypatch, capsys, "deploy", "up", place, *SMALL, "--set", "deadline=3.0")
+    assert code == 2 and "simulated seconds do not end a deployed round" in message

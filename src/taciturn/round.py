@@ -15,7 +15,7 @@ from torch import Tensor
 from taciturn.core.errors import AllClientsFailed, require
 from taciturn.core.random import Key, fold
 from taciturn.core.state import State
-from taciturn.core.types import LATE, OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
+from taciturn.core.types import LATE, LOST, OK, STATUS, Cast, Engine, Merges, Plan, Record, Split, SyncRule
 from taciturn.core.vector import Layout, Vector
 from taciturn.method import Method
 from taciturn.precision import policies
@@ -141,4 +141,6 @@ def _obituary(round: int, stats: RoundStats) -> str:
     else:
         said = f"returned a finite update ({', '.join(why)})"
         remedy = "Most often the client learning rate is too high: lower method.solver.lr, or set its clip"
+        if why == [STATUS[LOST]]:
+            remedy = "Are the sites up, and is their deadline long enough? The run can be resumed when they are"
     return f"round {round + 1}: none of the {len(stats.ids)} clients {said}; the model is as before this round. {remedy}"

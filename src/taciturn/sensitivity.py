@@ -17,6 +17,8 @@ from taciturn.core.types import Batch, Record
 from taciturn.core.vector import Vector
 from taciturn.precision.fake import lowered
 
+MEASURED = ("gap", "quantized", "moved")
+
 
 def sensitivity(work: Work, held: State, local: State, u: Vector, batch: Batch, key: Key) -> Record:
     """{"gap", "quantized", "moved"} [] float32 of a client that has trained; pure, without a client axis."""
@@ -28,5 +30,5 @@ def sensitivity(work: Work, held: State, local: State, u: Vector, batch: Batch, 
 
     low = loss(lowered(y, levels), lowered(v, levels))
     moved = u.norm() / start.norm().clamp(min=torch.finfo(start.dtype).tiny)
-    found = {"gap": low - loss(y, v), "quantized": low, "moved": moved}
-    return {name: value.detach().to(torch.float32) for name, value in found.items()}
+    found = zip(MEASURED, (low - loss(y, v), low, moved), strict=True)
+    return {name: value.detach().to(torch.float32) for name, value in found}

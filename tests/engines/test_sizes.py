@@ -63,7 +63,7 @@ def test_direct_and_wired_count_the_same(seed):
     lines = [one.ledger.close_round() for one in posts]
     assert lines[0] == lines[1]
     extra = totals.get("up/stats", {"payload": 0})["payload"]
-    _, sizes = Wired(posts[1].carrier.schemas, posts[1].carrier.largest).move("update", payload | riders, 0, ids)
+    _, sizes = Wired(posts[1].carrier.schemas, posts[1].carrier.largest).move("up", "update", payload | riders, 0, ids)
     assert totals["up/update"]["payload"] + extra == int(sizes.sum()), "update and stats are what crosses the line"
     assert extra <= 8 * 4
     for place in range(4):
@@ -95,7 +95,7 @@ def test_a_wire_expects_what_was_announced_and_no_more():
     larger = Schema.of({"v": torch.zeros(1001), "v.count": torch.zeros((), dtype=torch.int32)})
     carrier.schemas[larger.id] = larger
     with pytest.raises(WireError, match="tensors of 4008 bytes; at most 4004 are rebuilt here"):
-        carrier.move("update", {"v": torch.zeros(1, 1001), "v.count": payload["v.count"]}, 0, torch.tensor([3]))
+        carrier.move("up", "update", {"v": torch.zeros(1, 1001), "v.count": payload["v.count"]}, 0, torch.tensor([3]))
 
 
 @dataclass(frozen=True, slots=True)

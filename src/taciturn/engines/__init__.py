@@ -1,4 +1,6 @@
-"""WHERE clients run: sequential, loopback (over real bytes) and stacked (many clients at once), the same round text."""
+"""WHERE clients run: sequential, loopback (over real bytes), stacked (many clients at once), ray and flower (other
+machines); the same round text.
+"""
 
 from taciturn.engines.local import LocalEngine
 from taciturn.engines.modes import ENGINES, build

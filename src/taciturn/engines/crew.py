@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from taciturn.core.errors import RunError, TaciturnError
 from taciturn.core.state import State, clone
 from taciturn.engines.train import Job, Trainer, Upload
@@ -33,7 +35,13 @@ class Crew(Protocol):
         ...
 
     def each(self, command: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """The trainer's method of that name for every (block number, ..) -> its results, in the order of the calls."""
+        """The trainer's method of that name for every (block number, ..) -> its results, in the order of the calls; None
+        for clients that were not heard.
+        """
+        ...
+
+    def there(self) -> Tensor | None:
+        """Clients that can be reached now [N] bool; None: all."""
         ...
 
     def close(self) -> None:
@@ -57,6 +65,9 @@ class Alone:
         method = getattr(self.trainer, command)
         for arguments in calls:
             yield method(*arguments)
+
+    def there(self) -> None:
+        """All."""
 
     def close(self) -> None:
         """Nothing to let go."""
@@ -125,6 +136,9 @@ class Workers:
             waiting.append(post)
         while waiting:
             yield self._kept(self._answer(waiting.popleft()))
+
+    def there(self) -> None:
+        """All clients."""
 
     def close(self) -> None:
         """End all workers; the next round hires new ones."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from taciturn.client import Work
+from taciturn.core.errors import AllClientsFailed
 from taciturn.core.state import State, tree_map
 from taciturn.core.types import (
     BAD_LOSS,
@@ -61,7 +62,9 @@ class _Group:
 
 
 class LocalEngine:
-    """Runs cohorts block after block, and keeps what clients own between rounds."""
+    """Runs cohorts block after block, and keeps what clients own between rounds; own: what it keeps of a newcomer instead,
+    where clients keep their records themselves.
+    """
 
     def __init__(
         self,
@@ -79,10 +82,11 @@ class LocalEngine:
         share: Timed | None = None,
         seconds: Timed | None = None,
         facts: Record | None = None,
+        own: State | None = None,
     ) -> None:
         self.work, self.method, self.post, self.clients, self.crew = work, method, post, clients, crew
         self.block, self._least = block, least
-        self.store = clients.table("own", work.newcomer())
+        self.store = clients.table("own", work.newcomer() if own is None else own)
         self._receivers = clients.table("receiver", work.memory()[1])
         self._works = work.each_kind()
         self._lift, self._lose, self._share, self._summed = lift, lose, share, summed
@@ -161,9 +165,9 @@ class LocalEngine:
         self._say(self._signal if first else {}, steps)
         heard = self._live()
         calls = ((n, self._job(n), steps[group.where]) for n, group in enumerate(self._groups))
-        seen = [
-            self._hear(group, *answer) for group, answer in zip(self._groups, self._timed("observe", calls), strict=True)
-        ]
+        answers = list(zip(self._groups, self._timed("observe", calls), strict=True))
+        heard &= self._in_order([torch.full((len(group.ids),), answer is not None) for group, answer in answers])
+        seen = self._whole([self._hear(group, answer) for group, answer in answers], "the looks")
         did = torch.where(heard, torch.minimum(self._plan.limit - self._done, steps), 0)
         self._done = self._done + did
         self.post.ledger.worked(self._plan.ids, did)
@@ -194,8 +198,23 @@ class LocalEngine:
         steps = int(self._done.sum())
         return Spent(up, down, exchanges, self.crew.count * self._seconds / steps if steps else 0.0)
 
-    def _hear(self, group: _Group, payload: Payload, live: Tensor) -> Payload:
+    def _whole(self, rows: Sequence[Payload | None], of: str, sizes: Sequence[int] = ()) -> list[Payload]:
+        """Rows of each block, with zeros for those that were not heard. Errors: `AllClientsFailed` if none was."""
+        like = next((one for one in rows if one is not None), None)
+        if like is None:
+            raise AllClientsFailed(f"{of}: no client answered; are the sites up?")
+        sizes = sizes or [len(group.ids) for group in self._groups]
+        return [
+            {name: t.new_zeros(m, *t.shape[1:]) for name, t in like.items()} if one is None else one
+            for one, m in zip(rows, sizes, strict=True)
+        ]
+
+    def _hear(self, group: _Group, answer: tuple[Payload, Tensor] | None) -> Payload | None:
         """A few bytes from each client that was still training; rows of the others are not to be read."""
+        if answer is None:
+            group.live = torch.zeros_like(group.live)
+            return None
+        payload, live = answer
         rows = group.live.nonzero().squeeze(1)
         if len(rows):
             received = self.post.message("up", "monitor", group.ids[rows], _rows(payload, rows))
@@ -225,7 +244,12 @@ class LocalEngine:
         if watched:
             self._say({}, torch.zeros_like(self._plan.ids))  # stop
         found = self._timed("collect", (call(number) for number in range(len(self._groups))))
+        silent: list[_Group] = []
+        stats: Record = {"loss": torch.zeros(0), "steps": torch.zeros(0, dtype=torch.int32)}
         for group, upload in zip(self._groups, found, strict=True):
+            if upload is None:
+                silent.append(group)
+                continue
             m = len(group.ids)
             payload = {name: t if len(t) == m else t.expand(m, *t.shape[1:]) for name, t in upload.payload.items()}
             riders = {f"stats.{name}": value for name, value in upload.stats.items()}
@@ -235,6 +259,18 @@ class LocalEngine:
                 self.post.ledger.worked(group.ids, stats["steps"])
             self._done[group.where] = stats["steps"].to(self._done)
             yield self._receive(group, {name: received[name] for name in upload.payload}, stats, upload)
+        for group in silent:
+            yield self._missing(group, stats)
+
+    def _missing(self, group: _Group, like: Record) -> Block:
+        """Of clients that were not heard: nothing, in the shapes of what the others told."""
+        m, layout, x0 = len(group.ids), self.work.split.layout, self.work.split.x0
+        self.post.forget(group.ids)
+        stats = {name: t.new_zeros(m, *t.shape[1:]) for name, t in like.items()}
+        start = group.held["x"].to(x0.dtype).expand(m, -1)
+        nothing = x0.new_zeros(m)
+        status, kind = torch.full((m,), LOST), self._works[group.kind].kind
+        return Block(group.ids, start, x0.new_zeros(m, layout.d), nothing, layout, stats, status, None, kind)
 
     def _counted(self, group: _Group) -> Tensor:
         """Weights of a block's clients whose answer is not lost [m]."""
@@ -299,14 +335,21 @@ class LocalEngine:
         """
         blocks = list(self._blocks(self._kinds(cast.source, ids), torch.arange(len(ids))))
         self.crew.begin(self._held(cast), cast.source, 1.0, {})
-        self.post.expect(ids)
+        self.post.expect(ids, cast.source)
 
         def job(number: int, kind: int, part: Tensor) -> tuple[int, Job, str]:
             held = self._send("evaluate", part, cast, kind)
             return number, Job(part, held, self.store.read(part), torch.zeros_like(part), kind), split
 
         measured = self.crew.each("measure", (job(n, kind, ids[where]) for n, (kind, where) in enumerate(blocks)))
-        told = [self.post.message("up", "evaluate", ids[at], sums) for (_, at), sums in zip(blocks, measured, strict=True)]
+        heard = [
+            None if sums is None else self.post.message("up", "evaluate", ids[at], sums)
+            for (_, at), sums in zip(blocks, measured, strict=True)
+        ]
+        for (_, at), sums in zip(blocks, heard, strict=True):
+            if sums is None:
+                self.post.forget(ids[at])
+        told = self._whole(heard, "the evaluation", [len(at) for _, at in blocks])
         self.post.ledger.exchange()
         order = torch.argsort(torch.cat([where for _, where in blocks]))
         return {name: torch.cat([sums[name] for sums in told]).cpu()[order] for name in told[0]}

@@ -1,12 +1,13 @@
-"""Four ways to run the local engine.
+"""Five ways to run the local engine.
 
 sequential  one client after another, no client axis: the plain reading of client.py.
 loopback    sequential, and each message is packed to bytes, unpacked, and nothing else reaches the other side.
 stacked     a block of clients at once: layer by layer (fused.py) where all layers are known, else through `torch.vmap`,
             else one at a time; the record says which and why.
 ray         stacked, and the blocks are cut over the actors of a Ray cluster (ray.py).
+flower      each client works at its own site (site.py), and letters go there and back (sites.py, flower.py).
 Laws: sequential = loopback in every bit and byte; stacked = sequential to rounding, and in every byte and draw; ray =
-stacked with one torch thread and the same blocks, in every bit and byte.
+stacked with one torch thread and the same blocks, in every bit and byte; flower = loopback in every bit and byte.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from taciturn import client
 from taciturn.client import Work
 from taciturn.core import random
-from taciturn.core.errors import require, unknown
+from taciturn.core.errors import ConfigError, require, unknown
 from taciturn.core.payload import LOSSLESS, controlled, nbytes
 from taciturn.core.random import Key
 from taciturn.core.state import row, stack
@@ -37,13 +38,14 @@ from taciturn.engines.memory import keep_freed_memory
 from taciturn.engines.plain import Plain
 from taciturn.engines.post import Post
 from taciturn.engines.ray import workers as actors
+from taciturn.engines.sites import NEWCOMER, Sites
 from taciturn.engines.store import ClientStore
 from taciturn.engines.train import Trainer
 from taciturn.method import Method
-from taciturn.precision.policies import apart, learns
+from taciturn.precision.policies import apart, learns, told
 from taciturn.wire.format import FRAME, Frame, Schema, pack, pack_schema, packed_bytes, unpack, unpack_schema
 
-ENGINES = ("auto", "loopback", "ray", "sequential", "stacked")
+ENGINES = ("auto", "flower", "loopback", "ray", "sequential", "stacked")
 VMAP, LAYERS, SINGLE = "vmap", "layer by layer", "one client at a time"
 BLOCK_VALUES = 4_000_000  # floats of the stacked models of a block
 LAYER_VALUES = 64_000_000  # the same, layer by layer, where few of them are formed
@@ -73,11 +75,11 @@ def many(fn: Callable[..., Any]) -> Callable[..., Any]:
 class Direct:
     """Payloads pass as they are; their packed size is computed."""
 
-    def introduce(self, schema: Schema) -> int:
+    def introduce(self, schema: Schema, way: str, ids: Tensor) -> int:
         """Bytes of the schema's text."""
         return len(schema.text)
 
-    def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
+    def move(self, way: str, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
         """The payload itself, and the bytes of each row: the same for all, unless control fields decide them.
 
         What is compressed has to be packed to know its size; rows that are one and the same are packed once.
@@ -99,7 +101,7 @@ class Wired:
     largest: int = 0  # bytes of the largest tensors that were announced
     tap: Callable[[bytes], None] | None = None
 
-    def introduce(self, schema: Schema) -> int:
+    def introduce(self, schema: Schema, way: str, ids: Tensor) -> int:
         """Send the schema as bytes and learn it from them."""
         data = pack_schema(schema)
         self._tap(data)
@@ -108,7 +110,7 @@ class Wired:
         self.largest = max(self.largest, schema.dense)
         return len(data) - FRAME
 
-    def move(self, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
+    def move(self, way: str, kind: str, payload: Payload, round: int, ids: Tensor) -> tuple[Payload, Tensor]:
         """Each row as bytes and back."""
         arrived, sizes = [], []
         for place, i in enumerate(ids.tolist()):
@@ -150,7 +152,7 @@ def choose(name: str, work: Work, block: int | None, keep: int = 0, apart: str =
     require(block is None or block >= 1, f"block: at least 1 client; got {block}")
     if name == "ray":
         return replace(choose("stacked", work, block, keep, apart), name="ray")
-    if name in ("sequential", "loopback"):
+    if name in ("sequential", "loopback", "flower"):
         return Path(name, SINGLE, 1, "asked for")
     reason = work.task.sequential_only or _probe(work)
     if reason:
@@ -214,6 +216,17 @@ def sends_drift(work: Work) -> bool:
     return not kept and not controlled(payload) and torch.equal(decoded, u)
 
 
+def _crew(work: Work, method: Method, key: Key, path: Path, workers: int | None) -> Crew:
+    """Who trains, on this machine or on a cluster."""
+    parts = work, method.sync, method.batch_size, key
+    if path.name == "ray":
+        return actors(partial(trainer, *parts, replace(path, fused=None)), workers, work.split.x0.device)
+    if (workers or 1) > 1:
+        require(path.name != "loopback", "workers: the loopback engine has one process; use stacked or sequential")
+        return forked(trainer(*parts, path), workers or 1, lend=method.aggregator.linear)
+    return Alone(trainer(*parts, path))
+
+
 def build(
     name: str,
     work: Work,
@@ -229,6 +242,7 @@ def build(
     seconds: Timed | None = None,
     facts: Record | None = None,
     each: bool = False,
+    sites: Callable[[Work, SyncRule], Sites] | None = None,
 ) -> tuple[LocalEngine, Path]:
     """The engine of that name, and the path it takes. name: one of `ENGINES`; auto is stacked where possible.
 
@@ -237,31 +251,28 @@ def build(
     as many as workers unless given; it and `block` decide the bits. each: every client's update is looked at, so that sums
     of them are not enough. keep: bytes, in each process, for features of frozen layers (prefix.py). share: weighs each
     client's update by its time; seconds: that time, which a policy that learns is told. facts [N, ..]: of the clients'
-    data, sent once beside the number of samples.
+    data, sent once beside the number of samples. sites: where clients are, for flower.
     """
     require(workers is None or workers >= 1, f"workers: at least 1; got {workers}")
     path = choose(name, work, block, keep, apart(method.precision))
     keep_freed_memory()
     wired, lift, split = path.name == "loopback", one if path.path == SINGLE else many, work.split
     clients = ClientStore(len(work.task.train.sizes))
-    carrier = Wired() if wired else Direct()
-    post = Post(
-        carrier, method.broadcast, split.layout, clients, split.x0, copies=wired, base=split.base, kinds=split.kinds
-    )
-    parts = work, method.sync, method.batch_size, key
-    crew: Crew
-    if path.name == "ray":
-        crew = actors(partial(trainer, *parts, replace(path, fused=None)), workers, split.x0.device)
-    elif (workers or 1) > 1:
-        require(not wired, "workers: the loopback engine has one process; use stacked or sequential")
-        crew = forked(trainer(*parts, path), workers or 1, lend=method.aggregator.linear)
-    else:
-        crew = Alone(trainer(*parts, path))
+    if (sites is None) != (path.name != "flower"):
+        raise ConfigError('engine = "flower" needs sites, where clients are: `taciturn deploy` starts such a run')
+    away = None if sites is None else sites(work, method.sync)
+    carrier = away or (Wired() if wired else Direct())
+    places = {"copies": wired, "away": away is not None, "base": split.base, "kinds": split.kinds}
+    post = Post(carrier, method.broadcast, split.layout, clients, split.x0, **places)  # type: ignore[arg-type]
+    crew: Crew = _crew(work, method, key, path, workers) if away is None else away
     path = replace(path, least=least or crew.count)
     each = each or share is not None or learns(method.precision)
     summed = not each and path.fused is not None and method.aggregator.linear and sends_drift(work)
     engine = LocalEngine(
         work, method, post, clients, crew, path.block, path.least,
         lift=lift, summed=summed, lose=lose, share=share, seconds=seconds, facts=facts,
+        own=NEWCOMER if away is not None else None,
     )  # fmt: skip
+    if away is not None:
+        away.bind(engine.store, post, clients, facts or {}, told(method.precision))
     return engine, path

@@ -67,3 +67,7 @@ class Plain:
     def record(self, part: _Part) -> State:
         """The records themselves."""
         return part.local
+
+    def restore(self, part: _Part, local: State) -> _Part:
+        """A part that has just begun, with the records that another had."""
+        return replace(part, local=local)

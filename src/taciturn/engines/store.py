@@ -41,6 +41,7 @@ class ClientStore:
         self._saved: dict[str, NDArray[np.int32]] = {}  # by table [N]: the commit since which a row is in the journal
         self._folder: Path | None = None
         self._round, self._commits = 0, 1
+        self.oldest = 0  # the first round whose checkpoint is kept, since this process began
 
     def table(self, name: str, newcomer: State) -> Rows:
         """A table whose rows begin as the newcomer's record."""
@@ -109,12 +110,17 @@ class ClientStore:
 
     def commit(self, round: int, oldest: int) -> None:
         """The checkpoint after `round` is on the disk; `oldest` is the first round whose checkpoint is kept."""
-        self._round = round
+        self._round, self.oldest = round, oldest
         self._commits += 1
         if self._folder is not None:
             for number in _journals(self._folder):
                 if number < oldest:
                     _journal(self._folder, number).unlink()
+
+    @property
+    def kept(self) -> bool:
+        """True if rows are in a folder, so that a server may go back to a checkpoint."""
+        return self._folder is not None
 
     def moved_on(self) -> bool:
         """True if another run went on in the folder since this store's last commit, so that rows are not its own."""

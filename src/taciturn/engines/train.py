@@ -142,6 +142,18 @@ class Trainer:
         payload = {name: torch.cat([one[name] for one in found]) for name in found[0]}
         return payload, opened.live.clone()
 
+    def opened(self, number: int) -> tuple[Tensor, State]:
+        """Of an open job of one part: the steps that were done [m], and the clients' local records [m, ..]."""
+        (part,) = self._open[number].parts
+        return self._open[number].done, part.way.record(part.value)
+
+    def reopen(self, number: int, job: Job, live: Tensor, done: Tensor, restore: Callable[[Any, Any], Any]) -> None:
+        """A job as it was in another trainer: who is live, what is done [m]; restore: (way, part that begins) -> part."""
+        opened = self._opened(number, job)
+        opened.parts, opened.live, opened.done = list(self._parts(opened)), live, done
+        for part in opened.parts:
+            part.value = restore(part.way, part.value)
+
     def _look(self, opened: _Open, part: _Part) -> Payload:
         """What the rule sees of a part's clients, once they are back in the order of the block; who is live is noted."""
         self._settle(part)

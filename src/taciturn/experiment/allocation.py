@@ -49,18 +49,26 @@ def allocated(method: Method, work: Work, task: BuiltTask, times: Times, key: Ke
     *found, reference = (predicted(method, work, sizes, times, key, knobs) for knobs in (*each, plain))
     can = times.fleet.has_kernels([one.dtype for one in modes])[times.clock.device]
     seconds, weights = torch.where(can, torch.stack(found, 1), torch.inf), method.aggregator.weigh(sizes).double()
-    counts = labels(task) if policy.kappa else torch.zeros(len(sizes), 0, dtype=torch.int64)
-    skew = divergence(counts) if counts.any() else torch.zeros(len(sizes), dtype=torch.float64)
+    once = facts_of(method, task)
+    skew = divergence(once["labels"]) if once else torch.zeros(len(sizes), dtype=torch.float64)
     cost = penalties(weights, skew, modes, kappa=policy.kappa)
     chosen = allocate.coarse(seconds, cost, policy.lam, float(reference.max())).modes
-    told_once = {"labels": counts.to(torch.int32)} if counts.any() else {}
     if isinstance(policy, coarse):
         given = tuple(policy.modes[i] for i in chosen.tolist())
-        return method.replace(precision=fixed(given, policy.inputs)), told_once
+        return method.replace(precision=fixed(given, policy.inputs)), once
     epoch = (sizes + method.batch_size - 1) // method.batch_size
     epochs = method.sync.schedule(epoch, method.sync.init(work.split.x0))[0] / epoch
     facts = {"weight": weights, "skew": skew, "log_samples": sizes.double().log(), "epochs": epochs.double()}
-    return method.replace(precision=adjusted(policy, seconds, reference, facts, chosen)), told_once
+    return method.replace(precision=adjusted(policy, seconds, reference, facts, chosen)), once
+
+
+def facts_of(method: Method, task: BuiltTask) -> Record:
+    """What clients tell once of their data for the policy: {"labels": [N, C] int32}, or {} where it asks for nothing."""
+    policy = method.precision
+    if not isinstance(policy, coarse | coarse_fine) or not policy.kappa:
+        return {}
+    counts = labels(task)
+    return {"labels": counts.to(torch.int32)} if counts.any() else {}
 
 
 def predicted(method: Method, work: Work, sizes: Tensor, times: Times, key: Key, knobs: State) -> Tensor:

@@ -37,7 +37,8 @@ class StopAt:
 class Experiment:
     """Everything that decides a run.
 
-    engine: auto | sequential | loopback | stacked | ray. block: clients of a stacked block (None: by the model's size).
+    engine: auto | sequential | loopback | stacked | ray; flower is what `taciturn deploy` sets.
+    block: clients of a stacked block (None: by the model's size).
     workers: processes that train, on CPUs (None: one, or with ray all CPUs of the cluster); same blocks, same bits.
     keep_gib: memory of each process for what frozen layers below the first trained one make of the training samples, which
     is then computed once; the oldest make room (0: computed every time). Only where nothing is drawn there (dropout).

@@ -76,8 +76,9 @@ class _Run:
 
     def draw(self, round: int) -> tuple[Tensor, Tensor]:
         """The round's key, and its cohort, of those whose device can be reached."""
-        key = random.fold(self.key, "round", round)
-        return key, self.method.participation.draw(round, key, self.times.clock.reachable(key))
+        key, there = random.fold(self.key, "round", round), self.engine.crew.there()
+        reachable = self.times.clock.reachable(key)
+        return key, self.method.participation.draw(round, key, reachable if there is None else reachable & there)
 
 
 def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faults: Any) -> _Run:
@@ -382,6 +383,8 @@ def _result(run: _Run, header: dict[str, Any], stopped: str, folder: Path | None
             raise RunError(f"{folder} was resumed, and its clients have moved on; ask the result of the resumed run")
         i = torch.tensor([names.index(name)])
         own = run.engine.store.read(i)
+        if "v" not in own:
+            raise RunError(f"what client {name!r} owns stays at its site; this server has no model of its own for it")
         kind = split.kinds[int(split.kind_of(run.server.round, i))] if split.kind_of else Kind()
         x = held["x"] if kind.holds is None else kind.holds.fill(kind.holds.cut(held["x"]))
         return tensors(x, own["v"][0], own["b"][0])

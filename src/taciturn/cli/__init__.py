@@ -1,4 +1,4 @@
-"""taciturn ls | show | run | compare | advise | report | export | profile.
+"""taciturn ls | show | run | compare | advise | report | export | profile | deploy.
 
 Exit codes: 0 done; 1 the run failed (its last checkpoint is kept); 2 wrong input (a name, a value, data, a model);
 3 the run folder cannot be used (locked, another version, disk full); 130 interrupted (resume with --resume).
@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from taciturn.advisor import STUDIES, parse_bytes
 from taciturn.advisor import advise as advise_on
 from taciturn.advisor import show as show_advice
+from taciturn.cli.common import Data, Progressing, Settings, Source, err, experiment_of, out, print_summary
+from taciturn.cli.deploy import sites
 from taciturn.compare import compare, parse_vary
 from taciturn.compare.shown import comparison, progress
 from taciturn.core.errors import AllClientsFailed, ConfigError, RunError, TaciturnError, unknown
 from taciturn.core.state import write_atomic
 from taciturn.experiment import config
 from taciturn.experiment.deployment import FORMATS, Exported
-from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.preview import preview
-from taciturn.experiment.recipes import RECIPES, check_data, recipe
+from taciturn.experiment.recipes import RECIPES, check_data
 from taciturn.experiment.record import read_header
 from taciturn.experiment.result import load
 from taciturn.experiment.runner import Interrupted
@@ -44,27 +42,7 @@ from taciturn.fleet.profile import DTYPES
 from taciturn.report import human_bytes, write_report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-out, err = Console(), Console(stderr=True)
-
-Source = Annotated[str, typer.Argument(help="a recipe (taciturn ls) or a TOML file")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="path=value, for example method.solver.lr=0.05")]
-Data = Annotated[str, typer.Option("--data", help="folder or file of the recipe's data")]
-
-
-def _experiment(source: str, settings: list[str] | None, data: str, **changes: Any) -> Experiment:
-    if source.endswith(".toml") or Path(source).is_file():
-        table = config.read_toml(Path(source))
-        if data:
-            config.set_path(table, "data.path", data)
-    elif source in RECIPES:
-        table = config.to_table(recipe(source, data))
-    else:
-        raise unknown("recipe", source, [*RECIPES, *STUDIES])
-    for text in settings or []:
-        config.set_path(table, *config.parse_setting(text))
-    table |= {name: value for name, value in changes.items() if value is not None}
-    experiment = config.from_table(table)
-    return experiment
+app.add_typer(sites, name="deploy")
 
 
 @app.command("ls")
@@ -94,7 +72,7 @@ def list_parts() -> None:
 @app.command()
 def show(source: Source, settings: Settings = None, data: Data = "") -> None:
     """The TOML of a recipe, every field written out."""
-    sys.stdout.write(config.to_toml(_experiment(source, settings, data)))
+    sys.stdout.write(config.to_toml(experiment_of(source, settings, data)))
 
 
 @app.command()
@@ -119,16 +97,16 @@ def run(
         return
     if resume is not None:
         read_header(resume)
-        experiment = _experiment(str(resume / "config.toml"), settings, data, **changes)
+        experiment = experiment_of(str(resume / "config.toml"), settings, data, **changes)
     else:
-        experiment = _experiment(source, settings, data, **changes)
+        experiment = experiment_of(source, settings, data, **changes)
     check_data(experiment, source)
     if dry_run:
         _print_preview(preview(experiment), as_json)
         return
     place = resume or folder or _fresh(Path("runs") / f"{experiment.name}-{experiment.seed}")
     try:
-        with _progress(experiment, as_json) as callback:
+        with Progressing(experiment, as_json) as callback:
             result = run_experiment(experiment, out=place, resume=resume is not None, callbacks=(callback,))
     except Interrupted as stop:
         message = f"interrupted after round {len(stop.result.history)}; go on with: taciturn run --resume {place}"
@@ -138,7 +116,7 @@ def run(
     if as_json:
         print(json.dumps(summary))
     else:
-        _print_summary(summary)
+        print_summary(summary)
 
 
 def _study(
@@ -154,7 +132,7 @@ def _study(
     if as_json:
         print(json.dumps(summary))
     else:
-        _print_summary(summary)
+        print_summary(summary)
 
 
 def _fresh(path: Path, holds: str = "run.json") -> Path:
@@ -186,7 +164,7 @@ def compare_methods(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
 ) -> None:
     """Run methods side by side on one task: a table, a report, and files of both."""
-    experiment = _experiment(source, settings, data, rounds=rounds)
+    experiment = experiment_of(source, settings, data, rounds=rounds)
     check_data(experiment, source)
     place = folder or Path("runs") / f"compare-{experiment.name}"
     with progress(err, as_json) as told:
@@ -223,7 +201,7 @@ def advise(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
 ) -> None:
     """Predict which codec suits this task, from a short pilot run."""
-    experiment = _experiment(source, settings, data)
+    experiment = experiment_of(source, settings, data)
     check_data(experiment, source)
     spent = parse_bytes(budget) if budget else None
     names = split_list(codecs) if codecs else None
@@ -327,60 +305,11 @@ def _print_formats(rows: list[Exported]) -> None:
     out.print(table)
 
 
-class _progress:
-    """A progress bar on a terminal, plain lines elsewhere, nothing with --json."""
-
-    def __init__(self, experiment: Experiment, silent: bool) -> None:
-        self._rounds, self._silent = experiment.rounds, silent
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=err) if err.is_terminal and not silent else None
-        self._name = experiment.name
-
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(escape(self._name), total=self._rounds, note="")
-        return self._line
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _line(self, line: dict[str, Any]) -> None:
-        if self._silent:
-            return
-        metrics = " ".join(f"{name} {value:.4g}" for name, value in (line["metrics"] or {}).items() if name != "loss")
-        note = (
-            f"loss {line['loss']:.4f} {metrics} up {human_bytes(line['bytes_up'])} down {human_bytes(line['bytes_down'])}"
-        )
-        if line["left_out"]:
-            note += f" left out {len(line['left_out'])}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=line["round"], note=f"{line['round']}/{self._rounds} {note}")
-        else:
-            print(f"round {line['round']}/{self._rounds} {note} {line['seconds']:.1f} s", file=sys.stderr, flush=True)
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None)
-    for name, value in summary.items():
-        shown = (
-            human_bytes(value) if name.startswith("bytes") else f"{value:.4f}" if isinstance(value, float) else str(value)
-        )
-        table.add_row(name, escape(shown))
-    out.print(table)
-
-
 def _print_preview(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
     else:
-        _print_summary(facts)
+        print_summary(facts)
 
 
 def _fail(error: TaciturnError) -> NoReturn:
@@ -394,7 +323,3 @@ def main() -> None:
         app()
     except TaciturnError as error:
         _fail(error)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""python -m taciturn.cli"""
+
+from taciturn.cli import main
+
+main()

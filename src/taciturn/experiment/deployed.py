@@ -1,0 +1,172 @@
+"""An experiment as a Flower app: the bundle that is shipped, what its server runs, and what its nodes answer.
+
+The bundle holds the experiment's TOML as it was simulated, and two short Python files. Run config: `out` (the server's run
+folder; a run that is there goes on), `deadline` (seconds of a round), `min-available-nodes`. Node config: `partition-id`,
+`num-partitions`, `state-dir` (what the node's clients keep), and where needed `data-path` in place of data.path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from taciturn.client import Work
+from taciturn.core import random
+from taciturn.core.errors import ConfigError, require
+from taciturn.core.state import write_atomic
+from taciturn.core.types import SyncRule
+from taciturn.engines import flower
+from taciturn.engines.letters import Letter, order_of, order_text
+from taciturn.engines.site import Site, answer
+from taciturn.engines.sites import SECONDS, Sites
+from taciturn.experiment.allocation import facts_of
+from taciturn.experiment.config import from_table, read_toml, set_path, to_table, to_toml
+from taciturn.experiment.experiment import DTYPES, Experiment
+from taciturn.experiment.record import RunFolder
+from taciturn.experiment.runner import MAY_DIFFER, run
+
+TOML = "experiment.toml"
+SETTINGS: dict[str, Any] = {"out": "run", "deadline": SECONDS, "min-available-nodes": 2}
+ELSEWHERE = ("engine", "block", "keep_gib", "device", "fleet")  # fields that change no bit of a deployed run
+SERVER = '''"""The server's half of the experiment beside this file, as a Flower app."""
+
+from taciturn.experiment.deployed import server_app
+
+server = server_app(__file__)
+'''
+CLIENT = Path(__file__).with_name("client_app.txt")  # a program that does not import taciturn
+LICENSE = "The experiment and its data belong to those who run it. The library is under the Apache License 2.0.\n"
+
+
+def fingerprint(experiment: Experiment) -> str:
+    """Of all that must be the same at the server and at a site."""
+    table = {k: v for k, v in to_table(experiment).items() if k not in (*MAY_DIFFER, *ELSEWHERE)}
+    data = {name: value for name, value in table.pop("data").items() if name != "path"}
+    return hashlib.sha256(json.dumps([table, data], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def bundle(experiment: Experiment, folder: Path, **settings: Any) -> Path:
+    """Write the Flower app of an experiment. settings: of the run config. Errors: `ConfigError` for parts of your own."""
+    from_table(to_table(experiment))  # parts of one's own cannot be shipped as TOML
+    folder.mkdir(parents=True, exist_ok=True)
+    project = {
+        "project": {
+            "name": "taciturn-app",
+            "version": "1.0.0",
+            "description": f"{experiment.name}, trained where the data are",
+            "license": {"file": "LICENSE"},
+            "dependencies": ["taciturn[flower]"],
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "taciturn",
+                    "components": {"serverapp": "taciturn_server:server", "clientapp": "taciturn_client:client"},
+                    "config": SETTINGS | settings,
+                }
+            }
+        },
+    }
+    texts = {
+        "pyproject.toml": tomli_w.dumps(project),
+        "taciturn_server.py": SERVER,
+        "taciturn_client.py": CLIENT.read_text(encoding="utf-8"),
+        TOML: to_toml(experiment),
+        "LICENSE": LICENSE,
+    }
+    for name, text in texts.items():
+        write_atomic(folder / name, [text.encode()])
+    return folder
+
+
+def _experiment(folder: Path, data_path: str = "") -> Experiment:
+    table = read_toml(folder / TOML)
+    if data_path:
+        set_path(table, "data.path", data_path)
+    return from_table(table)
+
+
+def site_of(experiment: Experiment, folder: Path) -> Site:
+    """What the clients of a node share; folder: where they keep what is theirs."""
+    method, seed = experiment.method, experiment.seed
+    task = experiment.task.build(seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
+    work = Work(task, method.split(task.model, task.tracked), method.solver, method.codec)
+    return Site(work, method, random.key(seed), folder, fingerprint(experiment), facts_of(method, task))
+
+
+@lru_cache(maxsize=4)
+def _site(app: Path, state: str, data_path: str) -> Site:
+    return site_of(_experiment(app, data_path), Path(state))
+
+
+def serve(experiment: Experiment, line: flower.FlowerLine, settings: dict[str, Any]) -> None:
+    """Run the experiment over a line; a run that the folder `out` holds goes on. What crossed is in `carried.json`."""
+    settings = SETTINGS | settings
+    out = Path(str(settings["out"])).expanduser().resolve()
+    line.least, name = int(settings["min-available-nodes"]), hashlib.sha256(str(out).encode()).hexdigest()[:8]
+    made: list[Sites] = []
+
+    def sites(work: Work, sync: SyncRule) -> Sites:
+        mark = fingerprint(experiment)
+        line.clients = len(work.task.train.sizes)
+        made.append(Sites(line, work, sync, name + mark, mark, float(settings["deadline"])))
+        return made[-1]
+
+    def say(line_: dict[str, Any]) -> None:
+        lost = "".join(f"; client {i}: {why}" for i, why in made[-1].silent.items())
+        print(f"taciturn: round {line_['round']} loss {line_['loss']:.4f}{lost}", file=sys.stderr, flush=True)
+
+    began = time.monotonic()
+    torch.set_num_threads(1)
+    holds = RunFolder(out).holds_run()
+    result = run(experiment.replace(engine="flower"), out=out, resume=holds, callbacks=(say,), sites=sites)
+    facts = {"carried": made[-1].carried, "exchanges": made[-1].exchanges, "exchange_seconds": line.seconds}
+    facts |= {"seconds": time.monotonic() - began, "nodes": len(line.nodes), "broken": line.broken}
+    write_atomic(out / "carried.json", [json.dumps(facts, indent=1).encode()])
+    print(f"taciturn: done, {len(result.history)} rounds", file=sys.stderr, flush=True)
+
+
+def server_app(file: str) -> Any:
+    """The server's app of the bundle that `file` is in."""
+    folder = Path(file).resolve().parent
+    return flower.server_app(lambda line, settings: serve(_experiment(folder), line, settings))
+
+
+def at_node(told: dict[str, Any], letter: Letter) -> Letter:
+    """Answer a letter at a node; told: "app", the folder of the bundle, and "node", the node config."""
+    node = told["node"]
+    for needed in ("partition-id", "num-partitions", "state-dir"):
+        if needed not in node:
+            return letter.reply(error=f"--node-config: {needed} is missing; got {sorted(node)}")
+    which, of = int(node["partition-id"]), int(node["num-partitions"])
+    if letter.client % of != which:
+        return letter.reply(error=f"client {letter.client} is not at this node ({which} of {of})")
+    torch.set_num_threads(1)
+    try:
+        site = _site(Path(told["app"]), str(node["state-dir"]), str(node.get("data-path", "")))
+    except Exception as error:  # the user's data or model at this node
+        return letter.reply(error=f"{type(error).__name__}: {error}")
+    return answer(site, letter)
+
+
+def in_process(app: Path, node: dict[str, Any], letters: Sequence[tuple[int, str, list[bytes]]]) -> list[Any]:
+    """What a client's file asks where no desk listens: (client, order, frames) of letters -> the same of answers."""
+    told = {"app": str(app), "node": node}
+    found = (at_node(told, Letter(i, order_of(text), tuple(frames))) for i, text, frames in letters)
+    return [(letter.client, order_text(letter.order), list(letter.frames)) for letter in found]
+
+
+def check_deployable(experiment: Experiment, nodes: int) -> None:
+    """Errors: `ConfigError` for what a deployed run does not do."""
+    require(nodes >= 1, f"--nodes: at least 1; got {nodes}")
+    if experiment.deadline is not None:
+        raise ConfigError("deadline: simulated seconds do not end a deployed round; use --deadline of `taciturn deploy up`")
