@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from importlib import invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -66,6 +67,7 @@ def install() -> None:
         return
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[flower]"], check=True, stdout=sys.stderr)
+    invalidate_caches()
 
 
 def secure(held: federation.Federation) -> dict[str, bool]:

@@ -50,7 +50,7 @@ def node(app, state, which, of):
     return lambda message: client.handlers[message.kind](message, context)
 
 
-@pytest.mark.parametrize("desks", [False, True])
+@pytest.mark.parametrize("desks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_bundle_run_over_a_grid_is_the_simulated_run(tmp_path, desks):
     """The same TOML, bytes and model; client i at node i mod 2; with a resident process and without."""
     mine = experiment()

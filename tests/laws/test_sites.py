@@ -21,7 +21,7 @@ METHODS = {
     "momentum": Method(solver=solvers.sgd(lr=0.1, momentum=0.9), **HALF),
     "change": Method(solver=SGD, broadcast=CHANGE, **HALF),
     "known": Method(solver=SGD, broadcast=Broadcast(codecs.top_k(share=0.1), of="change", start="known"), **HALF),
-    "fda": Method(solver=SGD, sync=sync.fda(), broadcast=CHANGE, **HALF),
+    "fda": Method(solver=SGD, sync=sync.fda(max_blocks=2), broadcast=CHANGE, **HALF),
     "fda-linear": Method(solver=solvers.adamw(lr=0.01), sync=sync.fda(monitor="linear"), **HALF),
     "fda-sketch": Method(solver=SGD, sync=sync.fda.published(), **HALF),
     "fda-local": Method(solver=SGD, sync=sync.fda(monitor="local"), **HALF),
@@ -49,7 +49,18 @@ def both(tmp_path, method, rounds=4, **task_args):
     return line, sites, wired, drive(task, method, "flower", rounds=rounds, sites=lambda *_: sites)
 
 
-SLOW = ("momentum", "fda-linear", "fda-sketch", "lossless", "lora", "lora-ranks", "fedapm-fda", "scaffold")
+SLOW = (
+    "momentum",
+    "change",
+    "lora-merges",
+    "fda-linear",
+    "fda-sketch",
+    "lossless",
+    "lora",
+    "lora-ranks",
+    "fedapm-fda",
+    "scaffold",
+)
 CASES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in METHODS]
 
 

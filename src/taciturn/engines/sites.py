@@ -23,7 +23,7 @@ from torch import Tensor
 from taciturn import client
 from taciturn.client import Work
 from taciturn.core import random
-from taciturn.core.errors import DataError, WireError
+from taciturn.core.errors import DataError, RunError, WireError
 from taciturn.core.payload import nbytes
 from taciturn.core.state import State, row, stack
 from taciturn.core.types import Payload, Record, SyncRule
@@ -142,13 +142,16 @@ class Sites:
     # ------------------------------------------------------------------------------------------------------- the crew
 
     def there(self) -> Tensor:
-        """Clients whose site can be reached [N] bool; those that are new are greeted. Errors: `DataError`."""
+        """Clients whose site can be reached [N] bool; those that are new are greeted. Errors: `DataError`, `RunError`."""
         mask = torch.zeros(len(self._work.task.train.sizes), dtype=torch.bool)
         ids = [i for i in self._line.there() if 0 <= i < len(mask)]
         if new := [i for i in ids if i not in self._greeted]:
             self._greet(new)
         for i in ids:
             mask[i] = i in self._greeted
+        if not mask.any():
+            why = "; ".join(sorted(set(self.silent.values()))) or "no site is connected"
+            raise RunError(f"none of the {len(mask)} clients can be reached: {why}")
         return mask
 
     def _greet(self, new: list[int]) -> None:

@@ -114,6 +114,7 @@ class Federation:
     port: int = field(default_factory=_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     restarts: dict[str, float] = field(default_factory=dict)
+    family: dict[str, list[list[Any]]] = field(default_factory=dict)  # by name: [pid, birth] of it and of what it started
 
     def __enter__(self) -> Federation:
         try:
@@ -152,7 +153,10 @@ class Federation:
             self.node(number)
 
     def link(self) -> None:
-        """Start the SuperLink, and wait until it listens."""
+        """Start the SuperLink, and wait until it listens; what a former one has left behind is ended."""
+        for pid, born in self.family.get("superlink", []):
+            if _same(pid, born):
+                os.kill(pid, signal.SIGKILL)
         keys = self.keys
         self._spawn(
             "superlink",
@@ -195,7 +199,8 @@ class Federation:
         )
 
     def supervise(self) -> None:
-        """Start a node again that has ended."""
+        """Start a node again that has ended; note what the processes have started, so that nothing is left behind."""
+        self._note()
         for name, process in list(self.processes.items()):
             if not name.startswith("superlink") and process.poll() is not None:
                 if time.monotonic() - self.restarts.get(name, 0.0) < AGAIN:
@@ -251,6 +256,8 @@ class Federation:
 
     def stop(self) -> None:
         """End all processes that this federation has started."""
+        if self.processes:
+            self._note()
         end_all(self.folder)
         for process in self.processes.values():
             with suppress(subprocess.TimeoutExpired):
@@ -275,8 +282,21 @@ class Federation:
                 stderr=log,
                 start_new_session=True,
             )
-        known = {other: [p.pid, _born(p.pid)] for other, p in self.processes.items()}
-        write_atomic(self.folder / "processes.json", [json.dumps(known).encode()])
+        self.family.pop(name, None)
+        self._note()
+
+    def _note(self) -> None:
+        """Write down who runs: each process, and what it has started and that in turn, with the times of their birth."""
+        parents = _parents()
+        before = json.dumps(self.family)
+        for name, process in self.processes.items():
+            kept = {pid: born for pid, born in self.family.get(name, []) if _born(pid) == born}
+            for pid in [process.pid, *kept]:
+                kept |= {child: _born(child) for child in _descendants(pid, parents)}
+            first = [process.pid, _born(process.pid) or "gone"]
+            self.family[name] = [first, *([pid, born] for pid, born in kept.items() if pid != process.pid)]
+        if json.dumps(self.family) != before:
+            write_atomic(self.folder / "processes.json", [json.dumps(self.family).encode()])
 
 
 def _lines(out: Path) -> list[bytes]:
@@ -295,29 +315,52 @@ def _tell(out: Path, told: int, say: Callable[[dict[str, Any]], None]) -> int:
 
 def alive(folder: Path) -> dict[str, int]:
     """Processes of a folder's federation that run: name -> process id."""
+    return {name: int(pids[0][0]) for name, pids in _known(folder).items() if _same(*pids[0])}
+
+
+def _known(folder: Path) -> dict[str, list[list[Any]]]:
     try:
-        known = json.loads((folder / "processes.json").read_bytes())
+        known: dict[str, list[list[Any]]] = json.loads((folder / "processes.json").read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {folder / 'processes.json'}: {error}") from error
-    return {name: pid for name, (pid, born) in known.items() if born and _born(pid) == born and _runs(pid)}
+    return known
 
 
-def _runs(pid: int) -> bool:
+def _same(pid: int, born: str) -> bool:
+    """True if this very process still runs."""
     with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return _born(pid) == born and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     return False
 
 
+def _parents() -> dict[int, int]:
+    """The parent of every process of this machine."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):
+            found[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    return found
+
+
+def _descendants(pid: int, parents: dict[int, int]) -> list[int]:
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
 def end_all(folder: Path, patience: float = 10.0) -> list[str]:
-    """End the processes of a folder's federation, and what they started -> their names."""
-    names = alive(folder)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in alive(folder).values():
+    """End the processes of a folder's federation, and what they started -> the names of those that ran."""
+    names, end = alive(folder), time.monotonic() + patience
+    for pid in names.values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    while alive(folder) and time.monotonic() < end:
+        time.sleep(0.1)
+    for pid, born in (one for family in _known(folder).values() for one in family):
+        if _same(pid, born):  # a pid may have passed to another process
             with suppress(ProcessLookupError):
-                os.killpg(pid, number)
-        end = time.monotonic() + patience
-        while alive(folder) and time.monotonic() < end:
-            time.sleep(0.1)
+                os.kill(pid, signal.SIGKILL)
     return sorted(names)
