@@ -14,7 +14,7 @@ from torch import nn
 
 from taciturn.aggregation import controlled, low_rank, mean, running, weighted
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
-from taciturn.codecs import difference, error_feedback, identity, lossless
+from taciturn.codecs import chain, difference, error_feedback, identity, lossless, quantize, quantize4, top_k
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import MethodError, ModelError, require
 from taciturn.core.types import (
@@ -29,13 +29,16 @@ from taciturn.core.types import (
 )
 from taciturn.core.vector import Layout
 from taciturn.participation import all as everyone
-from taciturn.partition import full, twins
+from taciturn.partition import full, lora, twins
 from taciturn.precision import all as in_float32
 from taciturn.precision.policies import Policy
 from taciturn.server import sgd as server_sgd
 from taciturn.solvers import ditto, pfedme, scaffold, sgd
-from taciturn.sync import every
+from taciturn.sync import every, fda
+from taciturn.sync.thresholds import adaptive
 
+# of `Method.lean`: share and least number of values sent; epochs: that sending the model is worth, of round 1, of any round
+SHARE, LEAST, CROSSING, FIRST, MOST = 0.005, 64, 5000.0, 5.0, 20
 _PROBE = Layout(("probe",), ((8, 8),))
 
 
@@ -242,6 +245,35 @@ class Method:
         """The same method with another codec on the way up; `running` goes with the codec whose memory it kept."""
         aggregator = mean(self.aggregator.weights) if isinstance(self.aggregator, running) else self.aggregator
         return replace(self, codec=codec, aggregator=aggregator)
+
+    @classmethod
+    def lean(cls, base: Method | None = None) -> Method:
+        """What says the least, made of the user's method; nothing of it is to be tuned.
+
+            values   both ways the largest SHARE of them, at least LEAST, in 3 bits. What is left out is sent later: up by a
+                     memory of each client, down as the change of what all hold (Seide et al. 2014; Sattler et al. 2019)
+            start    each site builds the first model itself; it is never sent
+            rounds   each client stops at its own drift (`fda`, local monitor), with sending the model once worth CROSSING
+                     local epochs: some ten epochs, at most MOST, and about FIRST in the first round
+
+        With partition = lora all values in 4 bits, and `fda()`: there are few, and they all move. Partition, participation,
+        aggregator, batch size and solver stay: a client step that is right for FedAvg is the one to use. The constants come
+        from two tasks (`python -m bench.lean --search`), the figures from others. Not where local work or rounds are dear:
+        it takes several times as many; nor below some thousand values, where frames are most of what is sent.
+        Errors: `MethodError` for a solver, aggregator or partition that its codecs do not fit (admm, merges, local).
+        """
+        base = cls() if base is None else base
+        if isinstance(base.partition, lora):
+            small = quantize4()
+            return base.encoded(error_feedback(small)).replace(
+                broadcast=Broadcast(small, of="change", start="known"), sync=fda(), server=server_sgd()
+            )
+        values = quantize(bits=3, rounding="nearest")
+        sparse = chain(top_k(share=SHARE, least=LEAST), values)
+        rule = fda(monitor="local", crossing=CROSSING, theta=adaptive(start=FIRST), max_blocks=MOST)
+        return base.encoded(error_feedback(sparse)).replace(
+            broadcast=Broadcast(sparse, of="change", start="known"), sync=rule, server=server_sgd()
+        )
 
     def replace(self, **parts: Any) -> Method:
         """The same method with some parts changed."""

@@ -63,6 +63,7 @@ ROWS = {
     "rand_1": Row(C.rand_k(k=1)),
     "top_k": Row(C.top_k(share=0.3)),
     "top_1": Row(C.top_k(k=1)),
+    "top_k-least": Row(C.top_k(share=0.01, least=7)),
     "sketch": Row(C.sketch(), close=True),
     "sketch-all": Row(C.sketch(share=1.0), close=True),
     "lowrank": Row(C.lowrank(rank=1), close=True),
@@ -380,6 +381,13 @@ def test_top_k_takes_the_largest():
     assert through(C.top_k(k=3), u).tolist() == [0.0, -5.0, 2.0, 5.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(("d", "k"), [(5, 5), (64, 64), (1000, 64), (10_000, 100)])
+def test_top_k_sends_no_fewer_than_asked(d, k):
+    codec, u = C.top_k(share=0.01, least=64), random.normal(random.key(0), d)
+    assert int((through(codec, u) != 0).sum()) == k and codec.omega(d) == pytest.approx(1 - k / d)
+    assert torch.equal(through(codec, u), through(C.top_k(k=k), u))
+
+
 @quick
 @given(st.integers(1, 3000), st.floats(0.0005, 1.0), st.integers(0, 100))
 def test_places_of_top_k(d, share, seed):
@@ -469,6 +477,7 @@ def test_exact_and_fast_sketch():
         (lambda: C.partial(p=1.5), "partial.p"),
         (lambda: C.rand_k(k=0), "rand_k.k: at least 1"),
         (lambda: C.top_k(share=2.0), "top_k.share"),
+        (lambda: C.top_k(least=0), "top_k.least: at least 1 value; got 0"),
         (lambda: C.rotated(C.rotated()), "rotated already"),
         (lambda: C.rotated(block=100), "a power of two; got 100"),
         (lambda: C.difference(C.top_k()), "give it for a codec that is biased"),

@@ -341,6 +341,8 @@ def test_a_codec_that_saves_bytes_shortens_rounds():
 def test_without_a_price_sending_the_model_costs_five_epochs():
     _, _, stats, _ = drive(make_task(), METHOD.replace(sync=fda()), rounds=2)
     assert 10 < stats[-1].sync["rho"] < 18  # there and back, and frames on a model of 83 values
+    _, _, dear, _ = drive(make_task(), METHOD.replace(sync=fda(crossing=50.0)), rounds=2)
+    assert dear[0].sync["rho"] == pytest.approx(10 * stats[0].sync["rho"], rel=0.1)  # a longer round looks more often
 
 
 @pytest.mark.parametrize("monitor", ["naive", "local"])
@@ -364,6 +366,7 @@ def test_adaptive_is_the_default_and_published_is_published():
         ({"monitor": "nave"}, "there is no monitor 'nave'.*naive"),
         ({"max_blocks": 0}, "max_blocks: at least 1; got 0"),
         ({"block": 0.0}, "block: local epochs, above 0; got 0.0"),
+        ({"crossing": 0.0}, "crossing: local epochs, above 0; got 0.0"),
         ({"rows": 0}, "rows: at least 1; got 0"),
         ({"columns": 40_000}, "columns: 1 to 32768; got 40000"),
     ],

@@ -22,7 +22,7 @@ from taciturn.advisor import advise as advise_on
 from taciturn.advisor import show as show_advice
 from taciturn.cli.common import Data, Progressing, Settings, Source, err, experiment_of, out, print_summary
 from taciturn.cli.deploy import sites
-from taciturn.compare import compare, parse_vary
+from taciturn.compare import LINEUP, chosen, compare, parse_vary
 from taciturn.compare.shown import comparison, progress
 from taciturn.core.errors import AllClientsFailed, ConfigError, RunError, TaciturnError, unknown
 from taciturn.core.state import write_atomic
@@ -48,24 +48,22 @@ app.add_typer(sites, name="deploy")
 @app.command("ls")
 def list_parts() -> None:
     """Recipes, parts and data."""
-    table = Table("recipe", "what it is", box=None, header_style="bold")
-    for name, function in RECIPES.items():
-        table.add_row(name, (function.__doc__ or "").split("\n")[0])
-    out.print(table)
-    studies = Table("study", "what it is", box=None, header_style="bold")
-    for name, study in STUDIES.items():
-        studies.add_row(name, (study.__doc__ or "").split("\n")[0])
-    out.print()
-    out.print(studies)
-    fleets = Table("fleet", "what it is (--set fleet=NAME, or FILE.toml)", box=None, header_style="bold")
-    for name, fleet in FLEETS.items():
-        fleets.add_row(name, "One profile, the reference device." if fleet is Fleet else (fleet.__doc__ or ""))
-    out.print()
-    out.print(fleets)
+    catalogue: dict[str, dict[str, Any]] = {
+        "recipe": RECIPES,
+        "study": STUDIES,
+        "method (taciturn compare --methods)": LINEUP,
+        "fleet (--set fleet=NAME, or FILE.toml)": FLEETS,
+    }
+    for head, entries in catalogue.items():
+        table = Table(head, "what it is", box=None, header_style="bold")
+        for name, entry in entries.items():
+            said = "One profile, the reference device." if entry is Fleet else entry.__doc__ or ""
+            table.add_row(name, said.split("\n")[0])
+        out.print(table)
+        out.print()
     parts = Table("field", r"parts (TOML: \[method.FIELD] name = ..)", box=None, header_style="bold")
     for kind, names in config.PARTS.items():
         parts.add_row(kind, ", ".join(names))
-    out.print()
     out.print(parts)
 
 
@@ -148,17 +146,14 @@ def _fresh(path: Path, holds: str = "run.json") -> Path:
 def compare_methods(
     source: Source,
     vary: Annotated[list[str] | None, typer.Option(help="path=value,value: method.* makes methods, else scenarios")] = None,
+    methods: Annotated[str, typer.Option(help="of the line-up (taciturn ls): lean,fedadam,.. or all")] = "",
     seeds: Annotated[int, typer.Option(help="runs of each, with other seeds")] = 3,
     rounds: Annotated[int | None, typer.Option(help="rounds of each run")] = None,
     tune: Annotated[str, typer.Option(help="a setting, or setting=value,value: the best for each method")] = "",
-    target: Annotated[
-        float | None, typer.Option(help="level of the metric to reach; else 0.98 of the first's best")
-    ] = None,
+    target: Annotated[float | None, typer.Option(help="level to reach (default: 0.98 of the first's best)")] = None,
     budget_minutes: Annotated[float | None, typer.Option(help="begin no run after so many minutes")] = None,
     processes: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="folder; the same goes on (default: runs/compare-NAME)")
-    ] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="default: runs/compare-NAME; the same goes on")] = None,
     settings: Settings = None,
     data: Data = "",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
@@ -167,11 +162,15 @@ def compare_methods(
     experiment = experiment_of(source, settings, data, rounds=rounds)
     check_data(experiment, source)
     place = folder or Path("runs") / f"compare-{experiment.name}"
+    tables, settings_of, unfit = chosen(experiment, split_list(methods)) if methods else (None, None, {})
+    for name, why in unfit.items():
+        err.print(escape(f"{name} is left out: {why}"), soft_wrap=True)
     with progress(err, as_json) as told:
         outcome = compare(
             config.to_table(experiment),
             [parse_vary(text) for text in vary or []],
-            tune=(parse_vary(tune, "--tune") if "=" in tune else tune) or None,
+            methods=tables,
+            tune=(parse_vary(tune, "--tune") if "=" in tune else tune) or settings_of,
             out=place,
             seeds=seeds,
             target=target,

@@ -135,27 +135,29 @@ class top_k:
     """C(u)_i = u_i for the k largest magnitudes (of equals the first), else 0. Biased, omega = 1 - k / d.
 
     Places cost about log2(d / k) + 2 bits each (Elias and Fano: the low l bits of each, and the high parts in unary, a bit
-    vector of k + d / 2^l). k: a number, or `share` of d. Stateless; use it under `error_feedback` or `ef21`. NaN is
-    largest.
+    vector of k + d / 2^l). k: a number, or `share` of d, but no fewer than `least` (or d), so that what is sent of a small
+    vector is not all frame. Stateless; use it under `error_feedback` or `ef21`. NaN is largest.
     """
 
     lossy: ClassVar[bool] = True
     unbiased: ClassVar[bool] = False
     k: int | None = None
     share: float = 0.01
+    least: int = 1
 
     def __post_init__(self) -> None:
         check_count("top_k", "k", self.k, self.share)
+        require(self.least >= 1, f"top_k.least: at least 1 value; got {self.least}")
 
     def message_bits(self, d: int) -> float:
         """32 k, and k (l + 1) + d / 2^l for the places."""
-        k = count_of(self.k, self.share, d)
+        k = self._count(d)
         low = _low_bits(k, d)
         return 8.0 * (4 * k + 1 + math.ceil(k * low / 8) + math.ceil((k + (d - 1 >> low) + 1) / 8))
 
     def omega(self, d: int) -> float:
         """1 - k / d."""
-        return 1 - count_of(self.k, self.share, d) / d
+        return 1 - self._count(d) / d
 
     def init(self, layout: Layout) -> tuple[State, State]:
         """No state on either side."""
@@ -163,13 +165,16 @@ class top_k:
 
     def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
         """u [d] -> {"values": [k] float32, "low": [k] int32 of "low.width" bits, "high": [k + (d - 1 >> l) + 1] bool}."""
-        k = count_of(self.k, self.share, layout.d)
+        k = self._count(layout.d)
         values, places = kernel.largest(u.float(), k)
         return {"values": values} | _elias_fano(places, layout.d), tx
 
     def decode(self, payload: Payload, rx: State, *, layout: Layout) -> tuple[Vector, State]:
         """Values in their places, zeros elsewhere. Errors: `WireError` for places that are not there or do not rise."""
         return kernel.put(payload["values"], _places(payload, layout.d), layout.d), rx
+
+    def _count(self, d: int) -> int:
+        return min(d, max(self.least, count_of(self.k, self.share, d)))
 
 
 def _low_bits(k: int, d: int) -> int:

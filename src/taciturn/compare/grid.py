@@ -39,11 +39,12 @@ class Vary:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method in a scenario: their names, and the experiment's table."""
+    """A method in a scenario: their names, and the experiment's table. base: its name among the methods given, or ""."""
 
     method: str
     scenario: str
     table: dict[str, Any]
+    base: str = ""
 
     @property
     def folder(self) -> str:
@@ -93,7 +94,8 @@ def grid(
             said = _said(setting)
             method = said if methods is None and said else ", ".join(filter(None, (name, said)))
             experiment = config.from_table(found | {"seed": 0, "name": method})
-            cells.append(Cell(method, _said(scenario, always=True), config.to_table(experiment)))
+            base = name if methods else ""
+            cells.append(Cell(method, _said(scenario, always=True), config.to_table(experiment), base))
     folders = [cell.folder for cell in cells]
     clash = sorted({name for name in folders if folders.count(name) > 1})
     if clash:

@@ -47,6 +47,7 @@ class Outcome:
     out: Path
 
 
+Tuned = Vary | str  # a setting with its values, or its path alone: a third, one and three times what it is
 Progress = Callable[[str, int, int, Mapping[Job, int]], None]  # stage, jobs ended, jobs in all, rounds of those in work
 
 
@@ -56,7 +57,7 @@ def compare(
     *,
     out: Path,
     seeds: int = 3,
-    tune: Vary | str | None = None,
+    tune: Tuned | Mapping[str, Tuned | None] | None = None,
     methods: Mapping[str, dict[str, Any]] | None = None,
     target: float | None = None,
     budget_minutes: float | None = None,
@@ -66,16 +67,20 @@ def compare(
     """Run the grid of an experiment's table (`config.to_table`), and write what came out.
 
     The first method of a scenario is its baseline; the target is given, or named by the experiment, or 0.98 of the
-    baseline's best. tune: a setting with values, or its path alone: a third, one and three times what it is. All methods
-    get the same number of values, rounds and seeds. budget_minutes: after them no further run is begun. Errors:
+    baseline's best. methods: name -> table [method], such as those of lineup.py, in place of the experiment's own. tune: a
+    setting with values, or its path alone: a third, one and three times what it is; or one for each name of `methods`. All
+    methods get the same number of values, rounds and seeds. budget_minutes: after them no further run is begun. Errors:
     `ConfigError`, `RunError`.
     """
     require(seeds >= 1, f"--seeds: at least 1; got {seeds}")
     cells = grid(table, varied, methods)
     until = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
-    values = {cell.folder: _values(cell, tune) for cell in cells}
+    setting = {cell.folder: tune.get(cell.base) if isinstance(tune, Mapping) else tune for cell in cells}
+    values = {cell.folder: _values(cell, setting[cell.folder]) for cell in cells}
     trials = {
-        (cell.folder, place): _job(cell, TUNING_SEED, out / "tuning" / cell.folder / f"{place}", tune, value)
+        (cell.folder, place): _job(
+            cell, TUNING_SEED, out / "tuning" / cell.folder / f"{place}", setting[cell.folder], value
+        )
         for cell in cells
         for place, value in enumerate(values[cell.folder])
         if len(values[cell.folder]) > 1
@@ -83,7 +88,9 @@ def compare(
     lost = play([*trials.values()], processes, until, _stage("tuning", trials, told))
     chosen = {cell.folder: _best(cell, values[cell.folder], trials, lost) for cell in cells}
     runs = {
-        (cell.folder, seed): _job(cell, seed, out / "runs" / cell.folder / f"seed-{seed}", tune, chosen[cell.folder])
+        (cell.folder, seed): _job(
+            cell, seed, out / "runs" / cell.folder / f"seed-{seed}", setting[cell.folder], chosen[cell.folder]
+        )
         for seed in range(seeds)
         for cell in cells
     }
@@ -99,7 +106,7 @@ def compare(
 # ------------------------------------------------------------------------------------------------------------ tuning
 
 
-def _values(cell: Cell, tune: Vary | str | None) -> tuple[Any, ...]:
+def _values(cell: Cell, tune: Tuned | None) -> tuple[Any, ...]:
     """What the tuned setting of a cell may be."""
     if tune is None:
         return (None,)
@@ -127,7 +134,7 @@ def _now(table: Mapping[str, Any], path: str) -> Any:
     return look(found, table)
 
 
-def _job(cell: Cell, seed: int, folder: Path, tune: Vary | str | None, value: Any) -> Job:
+def _job(cell: Cell, seed: int, folder: Path, tune: Tuned | None, value: Any) -> Job:
     table = copy.deepcopy(cell.table) | {"seed": seed, "name": cell.label}
     if tune is not None and value is not None:
         config.set_path(table, tune.path if isinstance(tune, Vary) else tune, value)

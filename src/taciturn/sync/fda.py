@@ -23,8 +23,6 @@ from taciturn.sync.monitors import MONITORS, Sizes, directions, drifts, estimate
 from taciturn.sync.sketch import MOST
 from taciturn.sync.thresholds import Look, Threshold, adaptive, plain
 
-CROSSING = 5.0  # local epochs that sending the model once costs, where no price is given
-
 
 @dataclass(frozen=True, slots=True)
 class fda:
@@ -32,8 +30,8 @@ class fda:
 
     Works with any solver, codec, partition and server optimizer; `fda()` needs no parameter.
     monitor: what clients tell, see monitors.py; "local": each halts by its own |u|^2 > Theta, and nothing is said before
-    the upload. theta: how the threshold moves. price: what local work and messages cost; None: sending the model once
-    costs as much as 5 local epochs. max_blocks: None: the rule's. block: local epochs.
+    the upload. theta: how the threshold moves. price: what local work and messages cost; None: sending the model once, in
+    float32, costs as much as `crossing` local epochs. max_blocks: None: the rule's. block: local epochs.
     pace "own": a block is passes over the client's own data; "longest": all do as many steps as the longest of the cohort.
     rows, columns, seed: of the sketch. State, on the server: Theta and what the last round cost.
     Errors: `MethodError` for a cohort of one, whose variance is 0, where Theta is built from it.
@@ -43,6 +41,7 @@ class fda:
     monitor: Literal["naive", "linear", "sketch", "exact", "local"] = "naive"
     theta: Threshold = field(default_factory=adaptive)
     price: Price | None = None
+    crossing: float = 5.0
     max_blocks: int | None = None
     block: float = 1.0
     pace: Literal["own", "longest"] = "own"
@@ -54,6 +53,7 @@ class fda:
         if self.monitor not in MONITORS:
             raise unknown("monitor", self.monitor, MONITORS, "sync.monitor")
         require(self.max_blocks is None or self.max_blocks >= 1, f"max_blocks: at least 1; got {self.max_blocks}")
+        require(0 < self.crossing < math.inf, f"crossing: local epochs, above 0; got {self.crossing}")
         require(self.block > 0, f"block: local epochs, above 0; got {self.block}")
         require(self.rows >= 1, f"rows: at least 1; got {self.rows}")
         require(1 <= self.columns <= MOST, f"columns: 1 to {MOST}; got {self.columns}")
@@ -99,7 +99,7 @@ class fda:
         up, down, exchanges, measured = state["cost"].tolist()
         longest = float(epoch_steps.max())
         model_bytes = int(state["d"]) * 4
-        price = self.price or Price.crossing(CROSSING, model_bytes=model_bytes, epoch_steps=longest)
+        price = self.price or Price.crossing(self.crossing, model_bytes=model_bytes, epoch_steps=longest)
         if price.step_seconds is None and measured > 0:
             price = replace(price, step_seconds=measured)
         block = (price.step_seconds or 0.0) * longest * self.block

@@ -1,0 +1,58 @@
+"""Method.lean: what is the user's stays, what is sent is little, and it still learns."""
+
+from __future__ import annotations
+
+import pytest
+
+import taciturn
+from conftest import make_task
+from drive import drive
+from taciturn import Method, aggregation, codecs, methods, participation, partition, server, solvers, sync
+from taciturn.core.errors import MethodError
+
+USERS = Method(
+    participation=participation.uniform(count=3), solver=solvers.sgd(lr=0.3, clip=1.0), aggregator=aggregation.mean(),
+    batch_size=7, partition=partition.layers(personal="head"),
+)  # fmt: skip
+KEPT = ("partition", "participation", "solver", "aggregator", "batch_size", "precision")
+
+
+@pytest.mark.parametrize("base", [USERS, USERS.replace(partition=partition.lora(rank=1))], ids=["layers", "lora"])
+def test_only_what_is_sent_and_when_is_changed(base):
+    loud = base.replace(codec=codecs.cast(), server=server.adam(), sync=sync.every(epochs=3))
+    found = Method.lean(loud)
+    assert all(getattr(found, part) == getattr(base, part) for part in KEPT)
+    assert found == Method.lean(base) == Method.lean(found) and found.server == server.sgd()
+    assert isinstance(found.sync, sync.fda) and found.broadcast.start == "known"
+    assert Method.lean() == Method.lean(Method())
+
+
+def test_vectors_of_adapters_are_sent_whole():
+    few, many = Method.lean(USERS.replace(partition=partition.lora())).codec, Method.lean(USERS).codec
+    assert few == codecs.error_feedback(codecs.quantize4())
+    d = 100_000
+    assert many.message_bits(d) < 13 * 0.005 * d < few.message_bits(d) / 50
+
+
+def test_a_memory_of_a_mean_gives_way_and_points_are_refused():
+    kept = Method(
+        codec=codecs.difference(codecs.quantize4(), alpha=0.2, memory="mean"), aggregator=aggregation.running(alpha=0.2)
+    )
+    assert Method.lean(kept).aggregator == aggregation.mean(kept.aggregator.weights)
+    with pytest.raises(MethodError, match="a solver that sends points"):
+        Method.lean(methods.fedapm())
+
+
+def test_clients_stop_by_themselves_and_no_round_is_longer_than_twenty_epochs():
+    method = Method.lean(Method(participation=participation.uniform(count=4), solver=solvers.sgd(lr=0.05), batch_size=8))
+    _, _, stats, _ = drive(make_task(), method, rounds=4)
+    blocks = [stat.sync["blocks"] for stat in stats]
+    assert stats[0].exchanges == 1 and blocks[0] <= 10 and max(blocks) <= 20 and min(blocks[1:]) > 2
+
+
+def test_it_learns_what_fedavg_learns_with_a_fraction_of_the_bytes():
+    experiment = taciturn.recipe("quickstart")
+    loud = taciturn.run(experiment.replace(rounds=12, evaluate_every=12))
+    lean = taciturn.run(experiment.replace(method=Method.lean(experiment.method), rounds=24, evaluate_every=24))
+    assert lean.metrics["accuracy"] > 0.95 * loud.metrics["accuracy"]
+    assert 20 * (lean.bytes_up + lean.bytes_down) < loud.bytes_up + loud.bytes_down
