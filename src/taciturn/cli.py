@@ -173,9 +173,7 @@ def compare_methods(
     seeds: Annotated[int, typer.Option(help="runs of each, with other seeds")] = 3,
     rounds: Annotated[int | None, typer.Option(help="rounds of each run")] = None,
     tune: Annotated[str, typer.Option(help="a setting, or setting=value,value: the best for each method")] = "",
-    target: Annotated[
-        float | None, typer.Option(help="level of the metric to reach; else 0.98 of the first's best")
-    ] = None,
+    target: Annotated[float | None, typer.Option(help="level to reach; else 0.98 of the first's best")] = None,
     budget_minutes: Annotated[float | None, typer.Option(help="begin no run after so many minutes")] = None,
     processes: Annotated[int | None, typer.Option(help="runs at once (default: one a core)")] = None,
     folder: Annotated[
@@ -239,9 +237,10 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="run folders; the first is the baseline")],
     page: Annotated[Path, typer.Option("-o", "--out", help="the HTML file")] = Path("report.html"),
     target: Annotated[float | None, typer.Option(help="level of the metric to reach")] = None,
+    tables: Annotated[Path | None, typer.Option(help="folder for its tables as Markdown and CSV")] = None,
 ) -> None:
-    """One self-contained HTML page from run folders."""
-    out.print(escape(str(write_report(folders, page, target))), soft_wrap=True)
+    """One self-contained HTML page from run folders, in English and Japanese."""
+    out.print(escape(str(write_report(folders, page, target, tables))), soft_wrap=True)
 
 
 @app.command()
