@@ -15,6 +15,7 @@ from taciturn.report.page import embed, render
 from taciturn.report.plot import COLORS, Figure
 from taciturn.report.read import Run
 from taciturn.report.tables import methods
+from taciturn.report.words import say
 
 NAN, INF = math.nan, math.inf
 PRICE = {"step_seconds": 0.01, "up": 1.25e6, "down": 6.25e6, "latency": 0.05}
@@ -52,9 +53,9 @@ def test_local_work_is_a_mean_over_seeds_and_leaves_out_fixed_rules(tmp_path: Pa
     band, line = figure.plot.data
     assert (line.x, line.y, line.name) == ((1, 3), (1.5, 3.5), "fda (2 seeds)")
     assert line.line.color == COLORS[1] and band.fill == "toself"  # the color that the method has in every figure
-    assert "one standard deviation" in figure.caption and "fixed amount of local work are not shown" in figure.caption
+    assert "one standard deviation" in figure.caption.en and "fixed amount of local work are not shown" in figure.caption.en
     alone = figures_of(run_of(tmp_path / "alone", fda(1.0)))["work"]
-    assert "Bands" not in alone.caption and "not shown" not in alone.caption
+    assert "Bands" not in alone.caption.en and "not shown" not in alone.caption.en
 
 
 def test_a_look_stands_at_the_fraction_of_its_round(tmp_path: Path) -> None:
@@ -80,14 +81,14 @@ def test_looks_and_drifts_are_those_of_the_first_seed(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / str(s), fda(1.0, (1.0, 1.0 + s, 2.0), drift=drifts[s]), seed=s) for s in (0, 1)]
     found = figures_of(*runs)
     assert found["looks"].plot.data[0].y == (1.0,) and found["drift"].plot.data[0].x == (1.5, 0.5)  # type: ignore[union-attr]
-    assert "First seed" in found["looks"].caption and "First seed" in found["drift"].caption
+    assert "First seed" in found["looks"].caption.en and "First seed" in found["drift"].caption.en
     alone = figures_of(runs[0])
-    assert "First seed" not in alone["looks"].caption + alone["drift"].caption
+    assert "First seed" not in alone["looks"].caption.en + alone["drift"].caption.en
 
 
 def test_clients_that_stop_themselves_have_no_looks(tmp_path: Path) -> None:
     found = figures_of(run_of(tmp_path / "local", fda(2.0), fda(3.0)))
-    assert found["looks"].plot is None and "stop themselves" in found["looks"].caption
+    assert found["looks"].plot is None and "stop themselves" in found["looks"].caption.en
     assert found["work"].plot is not None and found["drift"].plot is not None
     assert "stop themselves" in render([run_of(tmp_path / "page", fda(2.0))])
 
@@ -117,7 +118,7 @@ def test_who_drifted_shows_both_ends_of_many_clients(tmp_path: Path) -> None:
     assert figure.plot is not None
     ticks = figure.plot.layout.yaxis.ticktext
     assert len(ticks) == 40 and ticks[0] == "client-099" and ticks[-1] == "client-000"
-    assert "20 that drifted most and the 20 that drifted least, of 100 clients" in figure.caption
+    assert "20 that drifted most and the 20 that drifted least, of 100 clients" in figure.caption.en
     first, second = figure.plot.data
     assert len(first.x) == 40 and (second.x, second.y) == ((0.0,), (39,))  # its other client is, in the mean, as the others
     assert first.marker.symbol != second.marker.symbol
@@ -125,16 +126,18 @@ def test_who_drifted_shows_both_ends_of_many_clients(tmp_path: Path) -> None:
 
 def test_what_was_paid_and_watched_is_told(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / str(s), fda(2.0), fda(3.0 + s), seed=s, name="fda", monitor=30) for s in (0, 1)]
-    facts = sync_facts(methods(runs)[0])
+    facts = {key: fact.en for key, fact in sync_facts(methods(runs)[0]).items()}
     assert facts == {
-        "local work a round": "2.75 blocks, 10.5 local steps of the slowest client",
-        "price in use": "0.01 s a local step, 1.25 MB/s up, 6.25 MB/s down, 0.05 s a round trip",
-        "messages of a round cost": "10.1 blocks of local work (last round)",
-        "exchanges a round": "1 round trip",
-        "monitoring traffic": "60 B of 600 B, 10 % of all traffic",
+        "local_work": "2.75 blocks, 10.5 local steps of the slowest client",
+        "price": "0.01 s a local step, 1.25 MB/s up, 6.25 MB/s down, 0.05 s a round trip",
+        "rho": "10.1 blocks of local work (last round)",
+        "exchanges": "1 round trip",
+        "monitoring": "60 B of 600 B, 10 % of all traffic",
     }
     page = render(runs)
-    assert all(f"<dt>{key}</dt><dd>{fact}</dd>" in page for key, fact in facts.items())
+    for key, fact in sync_facts(methods(runs)[0]).items():
+        row = f"<dt>{say(f'fact_{key}').__html__()}</dt><dd>{fact.__html__()}</dd>"
+        assert row in page and facts[key] in row
 
 
 def test_a_price_with_holes(tmp_path: Path) -> None:
@@ -142,15 +145,15 @@ def test_a_price_with_holes(tmp_path: Path) -> None:
     method = {"method": {"sync": {"name": "fda"}}}
     run = run_of(tmp_path / "a", fda(NAN, rho=NAN, price=price), experiment=method)
     run.rounds[0].update(traffic=None, longest=None)
-    assert sync_facts(methods([run])[0]) == {
-        "price in use": "no limit up, 0 s a round trip (the rule's own: none was given)"
+    assert {key: fact.en for key, fact in sync_facts(methods([run])[0]).items()} == {
+        "price": "no limit up, 0 s a round trip (the rule's own: none was given)"
     }
     method["method"]["sync"]["price"] = {"up": 1.0}  # type: ignore[assignment]
     given = run_of(tmp_path / "b", {"blocks": 1.0, "price": PRICE}, experiment=method)
-    assert "none was given" not in sync_facts(methods([given])[0])["price in use"]
+    assert "none was given" not in sync_facts(methods([given])[0])["price"].en
     other = run_of(tmp_path / "c", {"mine": "another rule"}, name=EVIL)
     assert [figure.plot for figure in drift_figures(methods([other]))] == [None] * 3
-    assert "<dt>exchanges a round</dt>" in render([other])
+    assert "exchanges a round</span>" in render([other])
 
 
 def test_names_are_shown_as_they_are_and_values_are_json(tmp_path: Path) -> None:

@@ -62,20 +62,20 @@ def test_a_round_shows_who_does_what(tmp_path):
     assert list(figure.plot.data[1].x) == [2.0, 1.0], "the slowest on top"
     assert figure.plot.layout.yaxis.ticktext[0].replace("<br>", " ") == "client-001 (after the deadline)"
     assert figure.plot.data[1].customdata[0][1:] == ["server", "2 s"] and embed([figure])
-    assert "Round 3, the one of median duration, took 7 s" in figure.caption
+    assert "Round 3, the one of median duration, took 7 s" in figure.caption.en
 
 
 def test_many_clients_are_cut_to_the_slowest_and_the_quickest(tmp_path):
     (figure,) = timeline_figures(methods([timed(tmp_path / "a", [0.5], [99.0], clients=60)]))
     shown = list(figure.plot.data[1].x)
     assert shown == [float(60 - i) for i in range(12)] + [float(12 - i) for i in range(12)]
-    assert "The 12 slowest and the 12 quickest of 60 clients" in figure.caption
+    assert "The 12 slowest and the 12 quickest of 60 clients" in figure.caption.en
 
 
 def test_devices_and_deadline_in_words(tmp_path):
     asked = {"experiment": {"deadline": 90.0, "late": "drop"}}
     (group,) = methods([timed(tmp_path / "a", [0.5], [9.0], **asked)])
-    assert fleet_facts(group) == {
+    assert {key: fact.en for key, fact in fleet_facts(group).items()} == {
         "devices": "2 phone, a step 0.5 s; 1 server, a step 0.25 s",
         "deadline": "90 s a round; late clients are left out",
     }

@@ -216,9 +216,10 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="run folders; the first is the baseline")],
     page: Annotated[Path, typer.Option("-o", "--out", help="the HTML file")] = Path("report.html"),
     target: Annotated[float | None, typer.Option(help="level of the metric to reach")] = None,
+    tables: Annotated[Path | None, typer.Option(help="folder for its tables as Markdown and CSV")] = None,
 ) -> None:
-    """One self-contained HTML page from run folders."""
-    out.print(escape(str(write_report(folders, page, target))), soft_wrap=True)
+    """One self-contained HTML page from run folders, in English and Japanese."""
+    out.print(escape(str(write_report(folders, page, target, tables))), soft_wrap=True)
 
 
 @app.command()

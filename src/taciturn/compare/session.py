@@ -4,6 +4,7 @@
     OUT/runs/CELL/seed-K     the runs that count, with the value that was best of each cell
     OUT/summary.json         rows, what was tuned, what is missing and why; also summary.csv and summary.md
     OUT/report.html          the page
+    OUT/tables               the tables of the page, as Markdown and CSV
 
 The same call goes on where an earlier one was stopped, and repeats nothing that is done.
 """
@@ -227,4 +228,4 @@ def _write(outcome: Outcome, target: float | None) -> None:
         raise ConfigError(
             f"no run has a result: {outcome.missing[0]['why'] if outcome.missing else 'nothing was asked for'}"
         )
-    write_report(outcome.folders, outcome.out / "report.html", target)
+    write_report(outcome.folders, outcome.out / "report.html", target, outcome.out / "tables")

@@ -12,28 +12,10 @@ from typing import Any
 from taciturn.report.plot import Curve, Figure, line_figure, lines
 from taciturn.report.read import Run, number
 from taciturn.report.tables import Method
+from taciturn.report.words import say
 
 HEIGHT = 280
-FIGURES = (
-    (
-        "consensus",
-        "Consensus residual",
-        "root of mean ‖uᵢ - x‖²",
-        "How far the clients' copies are from the model they got.",
-    ),
-    (
-        "dual",
-        "Dual residual",
-        "rho ‖xₜ₊₁ - xₜ‖",
-        "How far the model moves, times rho. Far below the consensus residual, rho is small.",
-    ),
-    (
-        "lagrangian",
-        "Augmented Lagrangian",
-        "mean of fᵢ + ⟨pᵢ, uᵢ - x⟩ + rho/2 ‖uᵢ - x‖²",
-        "Of the cohort, with the loss of its batches. Where rho and sigma are large enough it falls, not in every round.",
-    ),
-)
+FIGURES = ("consensus", "dual", "lagrangian")
 
 
 def told(run: Run, value: str) -> Curve:
@@ -61,15 +43,12 @@ def consensus_figures(groups: Sequence[Method]) -> list[Figure]:
     """The figures of the consensus, in the order of the page; none where no run has them."""
     if not any(told(run, "consensus") for group in groups for run in group.runs):
         return []
-    heading = Figure("duals", "What holds the clients together", "Both residuals vanish where training ends.", None)
-    return [heading, *(_figure(groups, *shown) for shown in FIGURES)]
+    heading = Figure("duals", say("duals"), say("duals_note"), None)
+    return [heading, *(_figure(groups, key) for key in FIGURES)]
 
 
-def _figure(groups: Sequence[Method], key: str, title: str, axis: str, reading: str) -> Figure:
+def _figure(groups: Sequence[Method], key: str) -> Figure:
     traces = lines(groups, lambda run: told(run, key), over_spent=False, value=".3g")
-    x = {"title": {"text": "communication round"}}
-    y: dict[str, Any] = {"title": {"text": axis}}
+    y: dict[str, Any] = {"title": say(f"{key}_axis")}
     y |= {} if key == "lagrangian" else {"type": "log", "exponentformat": "power"}
-    plot = line_figure(traces, x, y)
-    plot.layout.meta = plot.layout.meta | {"height": HEIGHT}
-    return Figure(key, title, reading, plot)
+    return Figure(key, say(key), say(f"{key}_note"), line_figure(traces, {"title": say("axis_round")}, y, HEIGHT))

@@ -17,11 +17,27 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from taciturn.report.plot import COLORS, MARKED, NAME, Curve, Figure, layout, line_figure, lines, rows_axis, text
+from taciturn.report.plot import (
+    GUIDE,
+    MARKED,
+    NAME,
+    SYMBOLS,
+    Curve,
+    Figure,
+    bands,
+    color_of,
+    first_seed,
+    line_figure,
+    lines,
+    row_height,
+    rows_axis,
+    text,
+    worded,
+)
 from taciturn.report.read import Run, number
 from taciturn.report.tables import Method, by_kind, human_bytes, settings
+from taciturn.report.words import Words, known, listed, passage, say
 
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
 CLIENTS = 40  # clients of the figure of drifts: half of them from the top, half from the bottom
 
 Client = tuple[object, str]  # index or name in the record, name
@@ -92,13 +108,8 @@ def drift_figures(groups: Sequence[Method]) -> list[Figure]:
     return [work_figure(groups), looks_figure(groups), who_figure(groups)]
 
 
-def _first_seed(groups: Sequence[Method]) -> str:
-    return " First seed of each method." if any(len(group.runs) > 1 for group in groups) else ""
-
-
 def work_figure(groups: Sequence[Method]) -> Figure:
     """Blocks of local work over rounds, a line a method."""
-    title = "Local work of each round"
 
     def points(run: Run) -> Curve:
         done = [(line, number(told(line).get("blocks"))) for line in run.rounds]
@@ -108,100 +119,86 @@ def work_figure(groups: Sequence[Method]) -> Figure:
 
     traces = lines(groups, points, over_spent=False, value=".3g")
     if not traces:
-        return Figure("work", title, "No run recorded how much local work its rounds were.", None)
-    y = {"title": {"text": "local work (blocks)"}, "rangemode": "tozero"}
-    caption = "A block is a local epoch unless the rule's configuration says otherwise."
-    if any(len(group.runs) > 1 for group in groups):
-        caption += " Bands: one standard deviation over seeds."
-    if not all(any(map(points, group.runs)) for group in groups):
-        caption += " Methods with a fixed amount of local work are not shown."
-    return Figure("work", title, caption, line_figure(traces, {"title": {"text": "communication round"}}, y))
+        return Figure("work", say("work"), say("no_work"), None)
+    y = {"title": say("axis_work"), "rangemode": "tozero"}
+    fixed = None if all(any(map(points, group.runs)) for group in groups) else say("fixed_not_shown")
+    plot = line_figure(traces, {"title": say("axis_round")}, y)
+    return Figure("work", say("work"), passage(say("work_note"), bands(groups), fixed), plot)
 
 
 def looks_figure(groups: Sequence[Method]) -> Figure:
     """H and Theta at each look of the first seed: a line with markers and a dashed line of the same color a method."""
-    title = "Drift and threshold at each look"
     traces = []
-    for index, group in enumerate(groups):
+    for group in groups:
         seen = looks(group.runs[0])
         for letter, values in (("H", [look.estimate for look in seen]), ("Θ", [look.threshold for look in seen])):
             shown = [(look, value) for look, value in zip(seen, values, strict=True) if value is not None]
             if shown:
-                traces.append(_look_line(shown, letter, group.label, index))
+                traces.append(_look_line(shown, letter, group))
     if not traces:
-        why = "No run has a look at its clients' drift to show: clients that stop themselves tell none during a round."
-        return Figure("looks", title, why, None)
-    x = {"title": {"text": "communication round"}}
-    y = {"title": {"text": "squared norm of the drift"}, "type": "log", "dtick": "D2", "exponentformat": "power"}
-    caption = "Solid: H, the rule's estimate of the variance of the clients' models. Dashed: Θ, the threshold; H above it "
-    caption += "ends the round. A look at 2.5 is in round 3, after half of its local work. Logarithmic axis; values that "
-    caption += "are not finite or not above 0 are left out."
-    return Figure("looks", title, caption + _first_seed(groups), line_figure(traces, x, y))
+        return Figure("looks", say("looks"), say("no_looks"), None)
+    y = {"title": say("axis_drift"), "type": "log", "dtick": "D2", "exponentformat": "power"}
+    plot = line_figure(traces, {"title": say("axis_round")}, y)
+    return Figure("looks", say("looks"), passage(say("looks_note"), first_seed(groups)), plot)
 
 
-def _look_line(shown: Sequence[tuple[Seen, float]], letter: str, label: str, index: int) -> Any:
+def _look_line(shown: Sequence[tuple[Seen, float]], letter: str, group: Method) -> Any:
     dash, fill, few = ("solid", "", True) if letter == "H" else ("dash", "-open", len(shown) <= MARKED)
+    hover = say("hover_look", name=NAME, round="%{customdata[0]}", blocks="%{customdata[1]}")
     return go.Scatter(
         x=[look.at for look, _ in shown],
         y=[value for _, value in shown],
-        name=f"{letter}, {text(label)}",
+        **worded(f"{letter}, {group.label}", hover),
         showlegend=True,
         mode="lines+markers" if few else "lines",
-        line={"color": COLORS[index % len(COLORS)], "dash": dash, "width": 1.6},
-        marker={"size": 6 if len(shown) <= MARKED else 3, "symbol": SYMBOLS[index % len(SYMBOLS)] + fill},
+        line={"color": color_of(group), "dash": dash, "width": 1.6},
+        marker={"size": 6 if len(shown) <= MARKED else 3, "symbol": SYMBOLS[group.place % len(SYMBOLS)] + fill},
         customdata=[[look.round, f"{look.blocks:.3g}"] for look, _ in shown],
-        hovertemplate=f"{NAME}%{{y:.4g}}<br>round %{{customdata[0]}}, %{{customdata[1]}} blocks<extra></extra>",
     )
 
 
 def who_figure(groups: Sequence[Method]) -> Figure:
     """Drift of the clients that drifted most and least in the first seed: a row a client, a marker a method."""
-    title = "Who drifted"
-    found = {index: relative_drift(group.runs[0]) for index, group in enumerate(groups)}
+    found = [(group, relative_drift(group.runs[0])) for group in groups]
     ratios: dict[Client, list[float]] = {}
-    for table in found.values():
+    for _, table in found:
         for client, ratio in table.items():
             ratios.setdefault(client, []).append(ratio)
     if not ratios:
-        return Figure("drift", title, "No run recorded the drift of its clients.", None)
+        return Figure("drift", say("drift"), say("no_drift"), None)
     order = sorted(ratios, key=lambda client: -sum(ratios[client]) / len(ratios[client]))
     half = CLIENTS // 2
     rows = order if len(order) <= CLIENTS else order[:half] + order[-half:]
     traces = []
-    for index, table in found.items():
+    for group, table in found:
         shown = [(row, client) for row, client in enumerate(rows) if client in table]
         if shown:
             traces.append(
                 go.Scatter(
                     x=[table[client] for _, client in shown],
                     y=[row for row, _ in shown],
-                    name=text(groups[index].label),
+                    **worded(group.label, say("hover_drift", name=NAME, client="%{customdata[0]}", ratio="%{x:.3g}")),
                     showlegend=True,
                     mode="markers",
                     cliponaxis=False,
-                    marker={"color": COLORS[index % len(COLORS)], "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},
+                    marker={"color": color_of(group), "symbol": SYMBOLS[group.place % len(SYMBOLS)], "size": 8},
                     customdata=[[text(name)] for _, (_, name) in shown],
-                    hovertemplate=f"{NAME}%{{customdata[0]}}<br>%{{x:.3g}} times the mean<extra></extra>",
                 )
             )
-    x = {"title": {"text": "squared drift / its round's mean"}, "rangemode": "tozero"}
-    names = [str(trace.name) for trace in traces]
     y = rows_axis([name for _, name in rows]) | {"showgrid": True}
-    height = 130 + len(rows) * (6 + 17 * max(1 + tick.count("<br>") for tick in y["ticktext"]))
-    plot = go.Figure(traces, layout(x, y, names, height=height))
-    plot.add_vline(x=1, line_dash="dot", line_width=1.5, line_color="#888888")
-    caption = "Squared norm of a client's drift over the mean of its round's cohort; mean over the rounds that it "
-    caption += "was in. 1, the dotted line: as the others."
-    if len(rows) < len(order):
-        caption += f" The {half} that drifted most and the {half} that drifted least, of {len(order)} clients."
-    return Figure("drift", title, caption + _first_seed(groups), plot)
+    plot = line_figure(traces, {"title": say("axis_relative"), "rangemode": "tozero"}, y, 130 + row_height(y, 6))
+    plot.add_vline(x=1, **GUIDE)
+    cut = say("most_and_least", half=half, n=len(order)) if len(rows) < len(order) else None
+    return Figure("drift", say("drift"), passage(say("drift_note"), cut, first_seed(groups)), plot)
 
 
 # Facts ---------------------------------------------------------------------------------------------------------------
 
 
-def sync_facts(group: Method) -> dict[str, str]:
-    """Work, price, exchanges and monitoring of a method in words; empty for a fixed rule. Means over rounds and seeds."""
+def sync_facts(group: Method) -> dict[str, Words]:
+    """Work, price, exchanges and monitoring of a method in words, by key; empty for a fixed rule. Means over rounds and
+    seeds.
+    """
     if not any(map(is_dynamic, group.runs)):
         return {}
     rounds = [line for run in group.runs for line in run.rounds]
@@ -209,16 +206,16 @@ def sync_facts(group: Method) -> dict[str, str]:
     blocks, steps = _mean([told(line).get("blocks") for line in rounds]), _mean([line.get("longest") for line in rounds])
     exchanges = _mean([(line.get("traffic") or {}).get("exchanges") for line in rounds])
     rho = number(last.get("rho"))
-    work = [f"{blocks:.3g} blocks" if blocks is not None else ""]
-    work += [f"{steps:.4g} local steps of the slowest client" if steps is not None else ""]
+    work = [say("blocks", n=f"{blocks:.3g}")] if blocks is not None else []
+    work += [say("local_steps", n=f"{steps:.4g}")] if steps is not None else []
     facts = {
-        "local work a round": ", ".join(filter(None, work)),
-        "price in use": _price(last.get("price"), group.runs[0]),
-        "messages of a round cost": f"{rho:.3g} blocks of local work (last round)" if rho is not None else "",
-        "exchanges a round": f"{exchanges:.3g} round trip{'' if exchanges == 1 else 's'}" if exchanges is not None else "",
-        "monitoring traffic": _monitoring(group),
+        "local_work": listed(work),
+        "price": _price(last.get("price"), group.runs[0]),
+        "rho": say("rho_is", n=f"{rho:.3g}") if rho is not None else listed([]),
+        "exchanges": say("round_trips", n=f"{exchanges:.3g}") if exchanges is not None else listed([]),
+        "monitoring": _monitoring(group),
     }
-    return {key: fact for key, fact in facts.items() if fact}
+    return {key: fact for key, fact in facts.items() if fact.en}
 
 
 def _mean(values: Sequence[object]) -> float | None:
@@ -226,24 +223,24 @@ def _mean(values: Sequence[object]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _price(price: object, run: Run) -> str:
+def _price(price: object, run: Run) -> Words:
     if not isinstance(price, Mapping):
-        return ""
+        return listed([])
     step, latency = number(price.get("step_seconds")), number(price.get("latency"))
-    parts = [f"{step:.3g} s a local step" if step is not None else ""]
+    parts = [say("price_step", n=f"{step:.3g}")] if step is not None else []
     for way in ("up", "down"):
         rate = number(price.get(way))
         if rate is not None:
-            parts.append(f"{human_bytes(rate)}/s {way}")
+            parts.append(say("price_rate", rate=human_bytes(rate), way=known("way", way)))
         elif price.get(way) == math.inf:
-            parts.append(f"no limit {way}")
-    parts.append(f"{latency:.3g} s a round trip" if latency is not None else "")
+            parts.append(say("price_free", way=known("way", way)))
+    parts += [say("price_latency", n=f"{latency:.3g}")] if latency is not None else []
     asked = settings(run)
     given = asked.get("method.sync.name") in (None, "custom") or any(key.startswith("method.sync.price.") for key in asked)
-    return ", ".join(filter(None, parts)) + ("" if given else " (the rule's own: none was given)")
+    return listed(parts) if given else say("price_own", price=listed(parts))
 
 
-def _monitoring(group: Method) -> str:
+def _monitoring(group: Method) -> Words:
     """Bytes of kind "monitor", both ways, of all bytes but those of evaluation."""
     sizes: dict[str, int] = {}
     for run in group.runs:
@@ -252,6 +249,6 @@ def _monitoring(group: Method) -> str:
             sizes[what] = sizes.get(what, 0) + counts["payload"] + counts["frame"]
     sent, total = sizes.get("monitor", 0), sum(size for what, size in sizes.items() if what != "evaluate")
     if not total:
-        return ""
-    seeds = len(group.runs)
-    return f"{human_bytes(sent / seeds)} of {human_bytes(total / seeds)}, {100 * sent / total:.3g} % of all traffic"
+        return listed([])
+    part, seeds = f"{100 * sent / total:.3g} %", len(group.runs)
+    return say("monitored", sent=human_bytes(sent / seeds), total=human_bytes(total / seeds), part=part)

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from taciturn.report.plot import COLORS, NAME, Figure, layout, rows_axis, text
+from taciturn.report.plot import COLORS, NAME, SYMBOLS, Figure, first_seed, line_figure, row_height, rows_axis, text, worded
 from taciturn.report.read import Run
 from taciturn.report.tables import Method
+from taciturn.report.words import passage, say
 
 CLIENTS = 40  # of a figure
 METHODS = 4  # figures
 KNOBS = ("train", "send", "inputs", "bfloat16")  # in the order of `mode_of`
-SYMBOLS = ("square", "diamond", "circle", "cross", "x", "star", "hexagon")
 
 
 def mode_of(train: int, send: int, inputs: int = 0, bfloat16: int = 0) -> str:
@@ -56,21 +56,21 @@ def _figure(group: Method, rows: Sequence[tuple[int, int, str]], key: str) -> Fi
     place, traces = {client: row for row, client in enumerate(clients)}, []
     names = [group.runs[0].client(client) for client in clients]
     modes = sorted({mode for *_, mode in rows})
+    hover = say("hover_client_round", name=NAME, client="%{customdata}", round="%{x}")
     for index, mode in enumerate(modes):
         mine = [(at, place[client]) for at, client, found in rows if found == mode and client in place]
         traces.append(
             go.Scatter(
                 x=[at for at, _ in mine],
                 y=[row for _, row in mine],
-                name=mode,
+                **worded(mode, hover),
+                showlegend=True,
                 mode="markers",
                 marker={"color": COLORS[index % len(COLORS)], "symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},
                 customdata=[text(names[row]) for _, row in mine],
-                hovertemplate=f"{NAME}%{{customdata}}<br>round %{{x}}<extra></extra>",
             )
         )
-    look = layout({"title": {"text": "round"}}, rows_axis(names), modes, height=120 + 16 * len(clients))
-    caption = "ptq: trained in float, sent in so many bits; qat: trained on weights of so many bits too."
-    caption += f" The first {CLIENTS} of {len(everyone)} clients." if len(clients) < len(everyone) else ""
-    caption += " First seed." if len(group.runs) > 1 else ""
-    return Figure(key, f"Modes of the clients of {group.label}", caption, go.Figure(traces, look))
+    y = rows_axis(names)
+    plot = line_figure(traces, {"title": say("axis_round")}, y, 120 + row_height(y, 0))
+    cut = say("first_clients", n=CLIENTS, all=len(everyone)) if len(clients) < len(everyone) else None
+    return Figure(key, say("modes", name=group.label), passage(say("modes_note"), cut, first_seed([group])), plot)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from taciturn.core.errors import RunError
@@ -26,11 +26,14 @@ SLACK = 0.02  # the default target is this fraction worse than the baseline's be
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """The runs of one name, one for each seed; `label` is unique in a report; `scenario` is "" where there is only one."""
+    """The runs of one name, one for each seed; `label` is unique in a report; `scenario` is "" where there is only one.
+    place: among the names without scenarios, so that a method has one color in all of them.
+    """
 
     label: str
     runs: tuple[Run, ...]
     scenario: str = ""
+    place: int = 0
 
     @property
     def short(self) -> str:
@@ -226,7 +229,9 @@ def methods(runs: Sequence[Run]) -> list[Method]:
         label = name if names.count(name) == 1 else f"{name} ({folder})"
         labels.append(label if label not in labels else f"{label} #{len(labels) + 1}")
     told = scenarios([group[0] for group in groups])
-    return [Method(label, tuple(group), found) for label, group, found in zip(labels, groups, told, strict=True)]
+    found = [Method(label, tuple(group), data) for label, group, data in zip(labels, groups, told, strict=True)]
+    places = {name: place for place, name in enumerate(dict.fromkeys(method.short for method in found))}
+    return [replace(method, place=places[method.short]) for method in found]
 
 
 def scenarios(runs: Sequence[Run]) -> list[str]:
@@ -239,7 +244,15 @@ def scenarios(runs: Sequence[Run]) -> list[str]:
 
 def baselines(groups: Sequence[Method]) -> dict[str, Method]:
     """The first method of each scenario."""
-    return {group.scenario: group for group in reversed(groups)}
+    return {scenario: mine[0] for scenario, mine in by_scenario(groups).items()}
+
+
+def by_scenario(groups: Sequence[Method]) -> dict[str, list[Method]]:
+    """The methods of each scenario, in the order given."""
+    found: dict[str, list[Method]] = {}
+    for group in groups:
+        found.setdefault(group.scenario, []).append(group)
+    return found
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -300,11 +313,11 @@ def _ratio(method: Method, baseline: Method, target: float | None) -> tuple[floa
 def summary(runs: Sequence[Run], target: float | None = None) -> list[dict[str, Any]]:
     """One row a method, in the order given; every number is a mean over its seeds, `left_out` a sum.
 
-    Keys: name, scenario, baseline (its name), seeds, metric, goal, target, reached (seeds that reached it), final, best,
-    final_error, worst_decile, rounds, rounds_to_target, bytes_up, bytes_down, bytes_to_target, simulated and
-    simulated_to_target (seconds), ratio (bytes to target, baseline / ours) and ratio_reason (why it is None),
-    traffic_saved and traffic_saved_basis ("to the target" or "whole run"), seconds, left_out, spread (key -> standard
-    deviation over seeds). None: not reached or not measured, by one seed at least.
+    Keys: name, short (without the scenario), scenario, baseline (its name), seeds, metric, goal, target, reached (seeds
+    that reached it), final, best, final_error, worst_decile, rounds, rounds_to_target, bytes_up, bytes_down,
+    bytes_to_target, simulated and simulated_to_target (seconds), ratio (bytes to target, baseline / ours) and ratio_reason
+    (why it is None), traffic_saved and traffic_saved_basis ("to the target" or "whole run"), seconds, left_out, spread
+    (key -> standard deviation over seeds). None: not reached or not measured, by one seed at least.
     Raises `RunError` as `methods` does.
     """
     groups = methods(runs)
@@ -327,7 +340,7 @@ def summary(runs: Sequence[Run], target: float | None = None) -> list[dict[str, 
     rows, row = [], dict[str, Any]()
     for group in groups:
         baseline, goal = first[group.scenario], goals[group.scenario]
-        row = {"name": group.label, "scenario": group.scenario, "baseline": baseline.label}
+        row = {"name": group.label, "short": group.short, "scenario": group.scenario, "baseline": baseline.label}
         row |= {"seeds": [run.seed for run in group.runs], "spread": {}}
         row |= {"metric": runs[0].metric, "goal": runs[0].goal, "target": goal}
         row["reached"] = sum(rounds_to(run, goal) is not None for run in group.runs)

@@ -10,17 +10,18 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from taciturn.report.plot import COLORS, NAME, Figure, layout, rows_axis, text
+from taciturn.report.plot import COLORS, GUIDE, NAME, Figure, first_seed, line_figure, row_height, rows_axis, text, worded
 from taciturn.report.read import Run, number, simulated
 from taciturn.report.tables import Method, human_seconds, settings, time_unit
+from taciturn.report.words import Words, known, passage, plain, say
 
 CLIENTS = 24  # of a figure: the slowest half and the quickest
 METHODS = 4  # figures
-PHASES = (  # in the order of a round: name in the record, words, color, pattern
-    ("down", "receives", COLORS[5], ""),
-    ("compute", "computes", COLORS[0], "x"),
-    ("up", "sends", COLORS[1], "/"),
-    ("wait", "waits", COLORS[6], "."),
+PHASES = (  # in the order of a round: name in the record, color, pattern
+    ("down", COLORS[5], ""),
+    ("compute", COLORS[0], "x"),
+    ("up", COLORS[1], "/"),
+    ("wait", COLORS[6], "."),
 )
 
 
@@ -46,39 +47,38 @@ def _figure(group: Method, line: Mapping[str, Any], key: str) -> Figure:
     unit, second = time_unit(max(busy))
     why = {str(entry.get("client")): str(entry.get("why")) for entry in line.get("left_out") or []}
     clients = [run.client(line["cohort"][place]) for place in rows]
-    labels = [name + (f" ({why[name]})" if name in why else "") for name in clients]
+    labels = [
+        say("client_why", client=name, why=known("why", why[name])) if name in why else plain(name) for name in clients
+    ]
     devices = [_device(run, times, place) for place in rows]
     traces = []
-    for name, words, color, pattern in PHASES:
+    for name, color, pattern in PHASES:
         spent = [times[name][place] for place in rows]
         traces.append(
             go.Bar(
                 x=[seconds / second for seconds in spent],
                 y=list(range(len(rows))),
-                name=words,
+                **worded(
+                    known("phase", name),
+                    f"{NAME}%{{customdata[0]}}<br>%{{customdata[1]}}<br>%{{customdata[2]}}<extra></extra>",
+                ),
+                showlegend=True,
                 orientation="h",
                 marker={"color": color, "pattern": {"shape": pattern, "fillmode": "overlay", "size": 6, "solidity": 0.2}},
                 customdata=[
-                    [text(label), text(device), human_seconds(seconds)]
+                    [text(label.en), text(device), human_seconds(seconds)]
                     for label, device, seconds in zip(labels, devices, spent, strict=True)
                 ],
-                hovertemplate=f"{NAME}%{{customdata[0]}}<br>%{{customdata[1]}}<br>%{{customdata[2]}}<extra></extra>",
             )
         )
-    x = {"title": {"text": f"simulated time ({unit})"}, "rangemode": "tozero"}
-    look = layout(x, rows_axis(labels), [words for _, words, *_ in PHASES], height=120 + 24 * len(rows))
-    plot = go.Figure(traces, look | {"barmode": "stack", "bargap": 0.25})
+    y = rows_axis(labels)
+    plot = line_figure(traces, {"title": say("axis_time", unit=unit), "rangemode": "tozero"}, y, 120 + row_height(y, 7))
+    plot.update_layout(barmode="stack", bargap=0.25)
     end = float(times["round"])
-    plot.add_vline(x=end / second, line_dash="dot", line_width=1.5, line_color="#888888")
-    caption = (
-        f"Round {line['round']}, the one of median duration, took {human_seconds(end)} (the dotted line). Where clients "
-    )
-    caption += "are looked at during a round, each of their phases is summed up."
-    if len(rows) < len(order):
-        caption += f" The {half} slowest and the {half} quickest of {len(order)} clients."
-    if len(group.runs) > 1:
-        caption += " First seed."
-    return Figure(key, f"A round of {group.label}", caption, plot)
+    plot.add_vline(x=end / second, **GUIDE)
+    cut = say("slowest", half=half, n=len(order)) if len(rows) < len(order) else None
+    note = say("timeline_note", round=line["round"], took=human_seconds(end))
+    return Figure(key, say("timeline", name=group.label), passage(note, cut, first_seed([group])), plot)
 
 
 def _device(run: Run, times: Mapping[str, Any], place: int) -> str:
@@ -87,7 +87,7 @@ def _device(run: Run, times: Mapping[str, Any], place: int) -> str:
     return str(profiles[number]) if number < len(profiles) else ""
 
 
-def fleet_facts(group: Method) -> dict[str, str]:
+def fleet_facts(group: Method) -> dict[str, Words]:
     """Devices and deadline of a method in words; empty for old records."""
     run = group.runs[0]
     fleet = run.header.get("fleet")
@@ -96,8 +96,8 @@ def fleet_facts(group: Method) -> dict[str, str]:
     rows = zip(fleet["profiles"], fleet["clients"], fleet["step_seconds"], strict=True)
     asked = settings(run)
     deadline = number(asked.get("deadline"))
-    late = {"drop": "late clients are left out", "discount": "late clients count less"}.get(str(asked.get("late")), "")
-    return {
-        "devices": "; ".join(f"{count} {name}, a step {human_seconds(step)}" for name, count, step in rows if count),
-        "deadline": "" if deadline is None else f"{human_seconds(deadline)} a round; {late}",
-    }
+    devices = [say("device", count=n, name=name, step=human_seconds(step)) for name, n, step in rows if n]
+    facts = {"devices": Words("; ".join(each.en for each in devices), "、".join(each.ja for each in devices))}
+    if deadline is not None:
+        facts["deadline"] = say("deadline_of", took=human_seconds(deadline), late=known("late", str(asked.get("late"))))
+    return facts
