@@ -50,6 +50,7 @@ def test_clients_stop_by_themselves_and_no_round_is_longer_than_twenty_epochs():
     assert stats[0].exchanges == 1 and blocks[0] <= 10 and max(blocks) <= 20 and min(blocks[1:]) > 2
 
 
+@pytest.mark.slow
 def test_it_learns_what_fedavg_learns_with_a_fraction_of_the_bytes():
     experiment = taciturn.recipe("quickstart")
     loud = taciturn.run(experiment.replace(rounds=12, evaluate_every=12))
