@@ -176,7 +176,7 @@ def over_scenarios(tmp_path, cheap):
     [
         ((10, 20), "small says least in all 2 data settings: 5 to 10 times fewer bytes"),
         ((200, 200), "in no data setting does a method reach the target with less traffic than base"),
-        ((10, 200), "depends on the data: small where alpha=0.1, base where alpha=1.0"),
+        ((10, 200), "depends on the data: small where alpha=0.1; base where alpha=1.0"),
     ],
 )
 def test_the_lead_over_several_scenarios(tmp_path, cheap, said):

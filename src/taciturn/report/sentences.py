@@ -10,7 +10,7 @@ from typing import Any
 
 from taciturn.report.read import Run
 from taciturn.report.tables import baselines, methods
-from taciturn.report.words import Words, count, known, listed, metric_value, passage, plain, say, size, value_text
+from taciturn.report.words import SEMICOLON, Words, count, known, listed, metric_value, passage, say, size, value_text
 
 Row = Mapping[str, Any]
 FEW = 10  # where the baseline sends as many times more, or longer, it reads "1/10" and no percentage
@@ -120,7 +120,7 @@ def lead(rows: Sequence[Row], fraction: bool) -> Words | None:
         say("lead_where", name=say("lead_none") if row is None else row["short"], scenario=table[0]["scenario"])
         for row, table in zip(found, tables, strict=True)
     ]
-    return _end(say("lead_depends", each=listed(each)))
+    return _end(say("lead_depends", each=listed(each, SEMICOLON)))
 
 
 def _least(table: Sequence[Row]) -> Row | None:
@@ -154,7 +154,7 @@ def target_words(rows: Sequence[Row], runs: Sequence[Run], given: float | None, 
     metric = rows[0]["metric"]
     goals = [say("target_where", goal=value_text(goal, metric, fraction), scenario=name) for name, goal in found.items()]
     same = len(set(found.values())) == 1
-    goal = value_text(next(iter(found.values())), metric, fraction) if same else listed(goals)
+    goal = value_text(next(iter(found.values())), metric, fraction) if same else listed(goals, SEMICOLON)
     return passage(say("target", goal=goal, source=_source(runs, given)), say("target_note"))
 
 
@@ -164,7 +164,7 @@ def _source(runs: Sequence[Run], given: float | None) -> Words:
     if runs[0].target is not None:
         return say("target_named", name=runs[0].name)
     firsts = dict.fromkeys((group.runs[0].name, group.runs[0].seed) for group in baselines(methods(runs)).values())
-    return say("target_slack", runs=listed([say("run_and_seed", name=name, seed=seed) for name, seed in firsts]))
+    return say("target_slack", runs=listed([say("run_and_seed", name=name, seed=seed) for name, seed in firsts], SEMICOLON))
 
 
 def described(rows: Sequence[Row]) -> Words:
@@ -172,4 +172,4 @@ def described(rows: Sequence[Row]) -> Words:
     names = list(dict.fromkeys(row["short"] for row in rows))
     shown = listed(names) if len(names) <= 4 else say("and_more", names=listed(names[:3]), n=len(names) - 3)
     scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
-    return say("title_where", names=shown, scenarios=plain("; ".join(scenarios))) if len(scenarios) > 1 else shown
+    return say("title_where", names=shown, scenarios=listed(scenarios, SEMICOLON)) if len(scenarios) > 1 else shown

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from taciturn.report.plot import COLORS, GUIDE, NAME, Figure, first_seed, line_figure, row_height, rows_axis, text, worded
 from taciturn.report.read import Run, number, simulated
 from taciturn.report.tables import Method, human_seconds, settings, time_unit
-from taciturn.report.words import Words, known, passage, plain, say
+from taciturn.report.words import SEMICOLON, Words, known, listed, passage, plain, say
 
 CLIENTS = 24  # of a figure: the slowest half and the quickest
 METHODS = 4  # figures
@@ -97,7 +97,7 @@ def fleet_facts(group: Method) -> dict[str, Words]:
     asked = settings(run)
     deadline = number(asked.get("deadline"))
     devices = [say("device", count=n, name=name, step=human_seconds(step)) for name, n, step in rows if n]
-    facts = {"devices": Words("; ".join(each.en for each in devices), "、".join(each.ja for each in devices))}
+    facts = {"devices": listed(devices, SEMICOLON)}
     if deadline is not None:
         facts["deadline"] = say("deadline_of", took=human_seconds(deadline), late=known("late", str(asked.get("late"))))
     return facts

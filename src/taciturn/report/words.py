@@ -44,6 +44,7 @@ class Words:
         return Markup("").join(map(Markup, pairs))
 
 
+COMMA, SEMICOLON = Words(", ", "、"), Words("; ", "\uff1b")
 Text = Words | str  # a text of the catalogue, or a name or number that is alike in all languages
 
 
@@ -86,10 +87,10 @@ def passage(*sentences: Words | None) -> Words:
     return Words(" ".join(each.en for each in told), "".join(each.ja for each in told))
 
 
-def listed(items: Sequence[Text]) -> Words:
-    """Items with commas between them."""
+def listed(items: Sequence[Text], between: Words = COMMA) -> Words:
+    """Items with commas between them, or with `SEMICOLON` where they have commas of their own."""
     told = [plain(each) if isinstance(each, str) else each for each in items]
-    return Words(", ".join(each.en for each in told), "、".join(each.ja for each in told))
+    return Words(between.en.join(each.en for each in told), between.ja.join(each.ja for each in told))
 
 
 def known(kind: str, name: str) -> Text:
