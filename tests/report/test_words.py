@@ -76,7 +76,7 @@ def test_words_are_filled_in_and_joined():
     assert passage(say("none"), say("n_more", n=3)).ja == "ありません。ほか 3 件。"
     assert listed(["a", say("way: up")]).ja == "a、上り"
     assert known("kind", "update").ja == "更新" and known("kind", "{0.__class__}") == "{0.__class__}"
-    assert say("way_of", name="{way} {0}", way="up").en == "{way} {0}, up", "fields are no templates"
+    assert say("way_of", name="{way} {0}", way="up").en == "up: {way} {0}", "fields are no templates"
     title = "metric_over_rounds"
     assert say(title, metric=known("metric", "accuracy")).ja == "ラウンドごとの正解率"
     assert say(title, metric=known("metric", "mae")).ja == "ラウンドごとの mae", "Latin letters keep their space"

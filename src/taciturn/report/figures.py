@@ -43,7 +43,7 @@ from taciturn.report.tables import (
 )
 from taciturn.report.words import Text, Words, known, passage, say
 
-KINDS = ("model", "update", "stats", "monitor", "setup", "evaluate")
+KINDS = ("model", "update", "stats", "monitor", "plan", "setup", "evaluate")
 DIGITS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)  # of the ticks of a short logarithmic axis
 SCENARIOS = 4  # with figures and tables of their own
 
@@ -169,7 +169,10 @@ def traffic_figure(groups: Sequence[Method]) -> Figure:
                 **worded(name, f"{NAME}%{{customdata[0]}}<br>%{{customdata[1]}}<extra></extra>"),
                 showlegend=True,
                 orientation="h",
-                marker={"color": color, "pattern": {"shape": "/" if kind == "frames" else ""}},
+                marker={
+                    "color": color,
+                    "pattern": {"shape": "/" if kind == "frames" else "x" if index >= len(COLORS) - 1 else ""},
+                },
                 customdata=[[text(label.en), human_bytes(count)] for label, count in zip(labels, x, strict=True)],
             )
         )

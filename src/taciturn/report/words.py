@@ -21,7 +21,7 @@ from taciturn.report.tables import human_bytes, human_seconds
 
 LANGUAGES = ("en", "ja")
 NONE = "\u2013"
-WIDE = "[\u3040-\u30ff\u4e00-\u9fff]"  # kana and kanji
+WIDE = "[\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]"  # kana, kanji and their punctuation
 CATALOGUE: dict[str, dict[str, str]] = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 
 
