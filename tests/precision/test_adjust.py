@@ -110,6 +110,17 @@ def test_engines_agree_with_a_policy_that_learns():
         assert a["precision"]["gap"] == pytest.approx(c["precision"]["gap"], abs=1e-4)
 
 
+def test_layer_by_layer_measures_what_vmap_does():
+    """No mode trains on few bits, so linear layers take their own path; with AdamW it keeps no local record of knobs."""
+    policy = precision.coarse_fine(modes=("float32", "ptq3"), settle=1)
+    method = METHOD.replace(precision=policy, solver=solvers.adamw(lr=0.01))
+    asked = experiment(rounds=2).replace(method=method)
+    one, many = (taciturn.run(asked.replace(engine=engine)) for engine in ("sequential", "stacked"))
+    assert many.header["engine"]["path"] == "layer by layer"
+    for a, b in zip(one.history, many.history, strict=True):
+        assert a["knobs"] == b["knobs"] and a["precision"]["gap"] == pytest.approx(b["precision"]["gap"], abs=1e-4)
+
+
 def test_the_first_rounds_play_coarse():
     """But for a client that has time to spare, once the explored weight allows one."""
     run = prepare(experiment(precision.coarse_fine(modes=MODES, settle=3)))

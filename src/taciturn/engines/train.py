@@ -202,8 +202,10 @@ class Trainer:
 
     def _measured(self, opened: _Open, part: _Part, local: State, u: Tensor) -> Record:
         """What a policy that learns is told of a part's clients; {} where nobody asks."""
-        if "gap" not in local["knobs"]:
+        knobs = opened.job.own.get("knobs", {})
+        if "gap" not in knobs:
             return {}
+        local = local | {"knobs": {name: told[part.place] for name, told in knobs.items()}}
         batch, keys, _ = self._fetch(opened, part, 1)(0, len(part.rows))
         held, work = opened.job.held, self._works[opened.job.kind]
         return self._lift(lambda *a: sensitivity(work, held, *a))(local, u, batch, keys)  # type: ignore[no-any-return]
