@@ -141,11 +141,11 @@ def test_the_tables_are_written_beside_the_page(tmp_path):
     write_report(folders, tmp_path / "report.html", 0.9, tmp_path / "tables")
     names = sorted(path.name for path in (tmp_path / "tables").iterdir())
     assert names == [f"{name}.{end}" for name in ("clients", "summary", "traffic") for end in ("csv", "md")]
-    rows = list(csv.DictReader((tmp_path / "tables" / "summary.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "tables" / "summary.csv").read_text().splitlines()))
     assert (rows[1]["name"], float(rows[1]["bytes_to_target"]), float(rows[1]["ratio"])) == ("b", 500, 1.2)
-    clients = list(csv.DictReader((tmp_path / "tables" / "clients.csv").open()))
+    clients = list(csv.DictReader((tmp_path / "tables" / "clients.csv").read_text().splitlines()))
     assert len(clients) == 62 and clients[0]["accuracy"] == "0.25" and clients[0]["seed"] == "3"
-    traffic = list(csv.DictReader((tmp_path / "tables" / "traffic.csv").open()))
+    traffic = list(csv.DictReader((tmp_path / "tables" / "traffic.csv").read_text().splitlines()))
     assert {(row["direction"], row["kind"]) for row in traffic} == {("up", "update"), ("down", "model")}
     text = (tmp_path / "tables" / "summary.md").read_text()
     assert "<script" not in text.replace("\\<", "") and "a\\|" in text
