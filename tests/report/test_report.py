@@ -287,7 +287,7 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
     out = write_report(folders, tmp_path / "report.html")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     flags += "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000 --dump-dom"
-    command = [str(browser()), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", out.as_uri()]
+    command = [str(browser()), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"{out.as_uri()}#ja"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line or "Uncaught" in line]
@@ -296,4 +296,5 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
     assert plots == ["frontier", "rounds", "bytes", "traffic", "clients", "loss", "work", "looks", "drift", *ours]
     parts = re.split(r'<div class="plot js-plotly-plot"', done.stdout)[1:]
     assert all('<svg class="main-svg"' in part for part in parts)
+    assert '<html lang="ja">' in done.stdout and done.stdout.count(">通信ラウンド</text>") == len(ours) + 4
     assert "<img" not in done.stdout and "&lt;script&gt;window" in parts[0]
