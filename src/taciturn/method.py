@@ -258,8 +258,8 @@ class Method:
 
         With partition = lora all values in 4 bits, and `fda()`: there are few, and they all move. Partition, participation,
         aggregator, batch size and solver stay: a client step that is right for FedAvg is the one to use. The constants come
-        from two tasks, tried by hand, the figures from others (`python -m bench.lean`). Not where local work or rounds are dear:
-        it takes several times as many; nor below some thousand values, where frames are most of what is sent.
+        from two tasks, tried by hand, the figures from others (`python -m bench.lean`). Not where local work or rounds
+        are dear: it takes several times as many; nor below some thousand values, where frames are most of what is sent.
         Errors: `MethodError` for a solver, aggregator or partition that its codecs do not fit (admm, merges, local).
         """
         base = cls() if base is None else base
