@@ -11,7 +11,9 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -19,6 +21,22 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+@cache
+def _loaded(source: Any, seed: int) -> Any:
+    return source.load(seed)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A data source that a process reads once for each seed."""
+
+    source: Any
+
+    def load(self, seed: int) -> Any:
+        """As the source does."""
+        return _loaded(self.source, seed)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -19,8 +19,6 @@ import itertools
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +31,7 @@ from rich.table import Table
 
 import taciturn
 from bench.adacomm import adacomm
-from bench.common import RESULTS, finish, parser
+from bench.common import RESULTS, Cached, finish, parser
 from taciturn import StopAt, TaskSpec, data, fleet, models, participation, server, solvers, sync
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data, where they lie beside the project
@@ -49,22 +47,6 @@ OPTIMIZERS: dict[str, tuple[Any, tuple[float, ...]]] = {
     "FedAdam": (server.adam, (0.01, 0.03)),
 }
 CLIENT_LR = (0.05, 0.15, 0.5, 1.0)
-
-
-@cache
-def _loaded(source: Any, seed: int) -> Any:
-    return source.load(seed)
-
-
-@dataclass(frozen=True)
-class Cached:
-    """A data source that a process reads once for each seed."""
-
-    source: Any
-
-    def load(self, seed: int) -> Any:
-        """As the source does."""
-        return _loaded(self.source, seed)
 
 
 def _digits(clients: int, split: Any) -> Any:

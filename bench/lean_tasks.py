@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import taciturn
+from bench.common import Cached
 from taciturn import Broadcast, Experiment, Method, TaskSpec, codecs, data, models, participation, server, solvers, sync
 from taciturn.tasks.data.sources import divide
 
@@ -42,22 +42,6 @@ class Cancer:
         values = (values - values.mean(0)) / values.std(0)
         inputs = torch.from_numpy(values).float()
         return divide(inputs, torch.from_numpy(labels).long(), 2, self, seed, "breast cancer", "standardized")
-
-
-@cache
-def _loaded(source: Any, seed: int) -> Any:
-    return source.load(seed)
-
-
-@dataclass(frozen=True)
-class Cached:
-    """A data source that a process reads once for each seed."""
-
-    source: Any
-
-    def load(self, seed: int) -> Any:
-        """As the source does."""
-        return _loaded(self.source, seed)
 
 
 def _skew(alpha: float) -> Any:

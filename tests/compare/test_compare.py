@@ -22,31 +22,6 @@ CODECS = parse_vary("method.codec=identity,quantize(bits=2)")
 ALPHAS = parse_vary("data.alpha=0.1,1.0")
 
 
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    """Jobs run in this process: no test waits for another Python to start."""
-
-    class Pool:
-        def __init__(self, *_, **__):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, fn, job):
-            future = jobs_of.Future()
-            try:
-                future.set_result(fn(job))
-            except Exception as error:
-                future.set_exception(error)
-            return future
-
-    monkeypatch.setattr(jobs_of, "ProcessPoolExecutor", Pool)
-
-
 def test_cells_are_all_combinations():
     cells = grid(TABLE, [CODECS, ALPHAS, parse_vary("method.batch_size=8,16")])
     assert len(cells) == 8 and [cell.scenario for cell in cells] == ["alpha=0.1"] * 4 + ["alpha=1.0"] * 4
@@ -91,9 +66,12 @@ def test_runs_are_tuned_with_one_budget_and_end_in_files_that_agree(tmp_path):
         assert row["bytes"] == pytest.approx(sum(run.bytes_up + run.bytes_down for run in runs) / 2)
     assert found.rows[0]["target"] == found.rows[1]["target"] and found.rows[1]["bytes"] < found.rows[0]["bytes"]
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == json.loads(json.dumps(found.rows))
-    with open(tmp_path / "summary.csv") as file:
-        assert [row["method"] for row in csv.DictReader(file)] == ["identity", "quantize(bits=2)"]
-    assert (tmp_path / "summary.md").read_text().count("\n") == 4 and (tmp_path / "report.html").exists()
+    with open(tmp_path / "tables" / "summary.csv") as file:
+        told = list(csv.DictReader(file))
+    assert [row["name"] for row in told] == ["identity", "quantize(bits=2)"]
+    assert [float(row["final"]) for row in told] == pytest.approx([row["final"] for row in found.rows])
+    text = (tmp_path / "tables" / "summary.md").read_text()
+    assert all(row["method"] in text for row in found.rows) and (tmp_path / "report.html").exists()
 
 
 def slug(row):

@@ -12,7 +12,6 @@ import taciturn
 from taciturn import Method, codecs, models, participation, partition, server, solvers, sync
 from taciturn.cli import app
 from taciturn.compare import LINEUP, chosen, grid
-from taciturn.compare import jobs as jobs_of
 from taciturn.compare.lineup import EPOCHS, SERVER_LR, plain
 from taciturn.compare.session import _values, compare
 from taciturn.core.broadcast import Broadcast
@@ -69,26 +68,7 @@ def test_what_does_not_fit_is_said():
         chosen(SMALL, ["fedadm"])
 
 
-class Here:
-    """Jobs run in this process."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, fn, job):
-        future = jobs_of.Future()
-        future.set_result(fn(job))
-        return future
-
-
-def test_the_command_and_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs_of, "ProcessPoolExecutor", Here)
+def test_the_command_and_its_rows(tmp_path):
     listing = CliRunner().invoke(app, ["ls"]).stdout
     assert all(name in listing for name in LINEUP) and "--methods" in listing
     arguments = ["compare", "quickstart", "--methods", "fedavg,lean", "--seeds", "1", "--rounds", "1", "--json"]
@@ -101,8 +81,7 @@ def test_the_command_and_its_rows(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("tuning/*/*/result.json"))) == 6
 
 
-def test_a_setting_for_each_method_counts_with_varied_methods_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs_of, "ProcessPoolExecutor", Here)
+def test_a_setting_for_each_method_counts_with_varied_methods_too(tmp_path):
     tables, tuned, _ = chosen(SMALL, ["fedadam"])
     sizes = taciturn.compare.parse_vary("method.batch_size=8,16")
     rows = compare(config.to_table(SMALL), [sizes], out=tmp_path, seeds=1, methods=tables, tune=tuned).rows

@@ -2,8 +2,8 @@
 
     OUT/tuning/CELL/VALUE    a run for each value of the tuned setting, on a seed of its own
     OUT/runs/CELL/seed-K     the runs that count, with the value that was best of each cell
-    OUT/summary.json         rows, what was tuned, what is missing and why; also summary.csv and summary.md
-    OUT/report.html          the page
+    OUT/summary.json         rows, what was tuned, what is missing and why
+    OUT/report.html          the page; its tables as Markdown and CSV in OUT/tables
     OUT/tables               the tables of the page, as Markdown and CSV
 
 The same call goes on where an earlier one was stopped, and repeats nothing that is done.
@@ -12,8 +12,6 @@ The same call goes on where an earlier one was stopped, and repeats nothing that
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -208,22 +206,11 @@ def _stage(name: str, jobs: Mapping[Any, Job], told: Progress | None) -> Callabl
 
 def _write(outcome: Outcome, target: float | None) -> None:
     text = json.dumps({"rows": outcome.rows, "missing": outcome.missing}, indent=1)
-    plain = io.StringIO()
-    writer = csv.writer(plain)
-    writer.writerow(COLUMNS)
-    for row in outcome.rows:
-        writer.writerow("" if row[name] is None else row[name] for name in COLUMNS)
-    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
-    lines = (
-        f"| {' | '.join('-' if row[name] is None else str(row[name]) for name in COLUMNS)} |\n" for row in outcome.rows
-    )
-    files = {"summary.json": text + "\n", "summary.csv": plain.getvalue(), "summary.md": head + "".join(lines)}
     try:
         outcome.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot write to {outcome.out}: {error.strerror}") from error
-    for name, content in files.items():
-        write_atomic(outcome.out / name, [content.encode()])
+    write_atomic(outcome.out / "summary.json", [text.encode(), b"\n"])
     if not outcome.folders:
         raise ConfigError(
             f"no run has a result: {outcome.missing[0]['why'] if outcome.missing else 'nothing was asked for'}"
