@@ -145,6 +145,17 @@ def test_it_learns_which_mode_hurts():
     assert told["qat3"] == pytest.approx(0.0, abs=0.1) and told["ptq3"] > told["qat3"]
 
 
+def test_of_gaps_the_new_one_counts_three_tenths():
+    """The smoothed gap of each client, by hand; who was not there keeps its own."""
+    policy, ids = policy_of(), torch.arange(4)
+    state = policy.init()
+    for gap in (0.4, 0.1):
+        drawn = policy.draw(ids, torch.tensor(0), state)
+        state = policy.update(state, ids, drawn, stats(policy, ids, drawn, [gap, gap]))
+    expected = torch.tensor([0.7 * 0.3 * 0.4 + 0.3 * 0.1] * 4 + [0.0] * 2, dtype=torch.float64)
+    assert torch.allclose(state["smooth"], expected, atol=1e-8)
+
+
 def test_exploring_costs_no_time_and_little_weight():
     policy, ids = policy_of(lam=0.0), torch.arange(len(SIZES))
     state, share, spent = policy.init(), policy.facts["weight"] / policy.facts["weight"].sum(), 0.0
