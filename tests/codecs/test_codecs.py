@@ -67,6 +67,8 @@ ROWS = {
     "sketch": Row(C.sketch(), close=True),
     "sketch-all": Row(C.sketch(share=1.0), close=True),
     "lowrank": Row(C.lowrank(rank=1), close=True),
+    "lowrank-cold": Row(C.lowrank(rank=1, turns=2, warm=False), close=True),
+    "lowrank-quantized": Row(C.chain(C.lowrank(rank=1), C.quantize4()), close=True),
     "partial": Row(C.partial(), exact=False),
     "error_feedback": Row(C.error_feedback(C.top_k(share=0.2))),
     "error_feedback-sign": Row(C.error_feedback(C.sign())),
@@ -442,6 +444,30 @@ def test_lowrank_finds_a_matrix_of_low_rank():
         got, _ = codec.decode(payload, rx, layout=layout)
     assert float((got - u).norm() / u.norm()) < 1e-5
     assert int(nbytes(payload)) == 4 * (2 * 32 + 3)
+
+
+def test_quantized_factors_cost_bits_and_lose_little():
+    """Both have one scale; without a state, three turns find the best approximation of rank 2 of what is near it."""
+    layout = Layout(("w", "b"), ((40, 10), (3,)))
+    a, b, noise = (
+        random.normal(random.key(0), 40, 2),
+        random.normal(random.key(1), 2, 10),
+        random.normal(random.key(2), 40, 10),
+    )
+    w, rest = 100 * a @ b + 5 * noise, torch.ones(3)
+    best = torch.linalg.svdvals(w)[2:].square().sum().sqrt()
+    cold = C.lowrank(rank=2, turns=3, warm=False)
+    assert cold.init(layout) == ({}, {})
+    payload, state = cold.encode(torch.cat([w.flatten(), rest]), {}, random.key(3), layout=layout, knobs={})
+    got, _ = cold.decode(payload, {}, layout=layout)
+    assert state == {} and float((got[:400] - w.flatten()).norm()) < 1.01 * float(best)
+    p, q = payload["values"][:80].view(40, 2), payload["values"][80:100].view(10, 2)
+    assert torch.allclose(p.square().mean(0), q.square().mean(0), rtol=1e-4)
+    small = C.chain(cold, C.quantize(bits=8, rounding="nearest", scale="block", block=100))
+    payload, _ = small.encode(torch.cat([w.flatten(), rest]), {}, random.key(3), layout=layout, knobs={})
+    assert int(nbytes(payload)) == 103 + 2 * 4 + 1
+    lost = small.decode(payload, {}, layout=layout)[0][:400] - got[:400]
+    assert 0 < float(lost.norm() / got[:400].norm()) < 0.01
 
 
 def test_lowrank_goes_on_after_a_zero_update():
