@@ -30,12 +30,12 @@ from torch import Tensor
 
 from taciturn.client import Work
 from taciturn.core import random
-from taciturn.core.errors import RunError, TaciturnError, WireError
+from taciturn.core.errors import RunError, WireError
 from taciturn.core.random import Key
 from taciturn.core.state import State, load_state, row, save_state, stack, tree_map, write_atomic
 from taciturn.core.types import Payload, Record
 from taciturn.core.vector import pieces_of
-from taciturn.engines.letters import COMMANDS, EDITION, Letter, introduced, most, read
+from taciturn.engines.letters import COMMANDS, EDITION, Letter, failed, introduced, most, read
 from taciturn.engines.modes import one
 from taciturn.engines.plain import Plain
 from taciturn.engines.post import keeps_copies, narrowed, nothing_held, widened
@@ -67,10 +67,8 @@ def answer(site: Site, letter: Letter) -> Letter:
     """Do what a letter says -> the reply; what failed is in its order, as "error"."""
     try:
         return _do(site, letter)
-    except TaciturnError as error:
-        return letter.reply(error=str(error))
     except Exception as error:  # the user's model, or bytes that got past all checks: the site lives on
-        return letter.reply(error=f"{type(error).__name__}: {error}")
+        return failed(letter, error)
 
 
 def _do(site: Site, letter: Letter) -> Letter:

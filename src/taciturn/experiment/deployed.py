@@ -25,7 +25,7 @@ from taciturn.core.errors import ConfigError, require
 from taciturn.core.state import write_atomic
 from taciturn.core.types import SyncRule
 from taciturn.engines import flower
-from taciturn.engines.letters import Letter, order_of, order_text
+from taciturn.engines.letters import Letter, failed, order_of, order_text
 from taciturn.engines.site import Site, answer
 from taciturn.engines.sites import SECONDS, Sites
 from taciturn.experiment.allocation import facts_of
@@ -154,7 +154,7 @@ def at_node(told: dict[str, Any], letter: Letter) -> Letter:
     try:
         site = _site(Path(told["app"]), str(node["state-dir"]), str(node.get("data-path", "")))
     except Exception as error:  # the user's data or model at this node
-        return letter.reply(error=f"{type(error).__name__}: {error}")
+        return failed(letter, error)
     return answer(site, letter)
 
 
