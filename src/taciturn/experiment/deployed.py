@@ -97,7 +97,7 @@ def _experiment(folder: Path, data_path: str = "") -> Experiment:
 
 def site_of(experiment: Experiment, folder: Path) -> Site:
     """What the clients of a node share; folder: where they keep what is theirs."""
-    method, seed = experiment.method, experiment.seed
+    method, seed = experiment.method.secret(), experiment.seed
     task = experiment.task.build(seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
     work = Work(task, method.split(task.model, task.tracked), method.solver, method.codec)
     return Site(work, method, random.key(seed), folder, fingerprint(experiment), facts_of(method, task))
