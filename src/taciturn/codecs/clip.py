@@ -79,10 +79,10 @@ class clip:
 
     def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
         """The codec's payload of the clipped, noisy vector."""
-        u = u.float()
-        length = u.double().square().sum(-1).sqrt()
-        scale = (self.norm / length.clamp(min=self.norm)).float()
-        u = u * torch.where(torch.isfinite(length), scale, torch.nan)
+        whole = u.float().double()  # the scale may be below the least normal float32
+        length = whole.square().sum(-1).sqrt()
+        scale = self.norm / length.clamp(min=self.norm)
+        u = (whole * torch.where(torch.isfinite(length), scale, torch.nan)).float()
         if self.silent:
             u = torch.where(torch.isfinite(length), u, 0.0)
             drawn = secret.gaussian(None if self.secret else fold(key, "noise"), layout.d)
