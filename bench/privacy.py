@@ -1,9 +1,9 @@
 """Client-level differential privacy on digits: epsilon against accuracy against bytes.
 
 100 clients of some 14 samples each (iid), a linear model of 650 parameters, 40 rounds of 5 local epochs, Poisson sampling
-at 0.3, updates clipped to 0.5, delta 1e-3 (a tenth of 1 / N). Rows: FedAvg of uniform weights, with clipping, with noise at the
-server (float32 and 4 bits up), with noise at the clients (all of them, for nothing is amplified there). Nothing is tuned but
-the client step of plain FedAvg, by hand. --quick: one seed, ten rounds.
+at 0.3, updates clipped to 0.5, delta 1e-3 (a tenth of 1 / N). Rows: FedAvg of uniform weights, with clipping, with noise at
+the server (float32 and 4 bits up), with noise at the clients (all of them, for nothing is amplified there). Nothing is
+tuned but the client step of plain FedAvg, by hand. --quick: one seed, ten rounds.
 """
 
 from __future__ import annotations

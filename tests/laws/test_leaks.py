@@ -160,7 +160,7 @@ def test_no_letter_holds_a_secret(tmp_path, name):
     assert leaks(letters, secrets) == set()
     for letter in letters:
         if "command" not in letter.order:
-            assert letter.order.keys() <= {"run", "session", "number", "edition", "error"}
+            assert letter.order.keys() <= {"run", "session", "number", "edition", "error", "seconds"}
 
 
 def _drawn(desk, kind):

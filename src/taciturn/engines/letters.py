@@ -64,6 +64,10 @@ class Line(Protocol):
         """Clients whose site can be reached now."""
         ...
 
+    def place(self, client: int) -> int:
+        """Where a client lives; the clients of one place work one after the other."""
+        ...
+
     def exchange(self, letters: Sequence[Letter], seconds: float) -> Iterable[Letter]:
         """Deliver each letter once -> the answers that came within so many seconds, in any order."""
         ...

@@ -19,6 +19,7 @@ Symbols: everything is a block of one client; i its number.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -240,19 +241,20 @@ class _Desk:
 
     # ----------------------------------------------------------------------------------------------------- the answers
 
-    def _reply(self, kind: str, payload: Payload, stage: str = "setup", generation: int = 0) -> Letter:
+    def _reply(self, kind: str, payload: Payload, stage: str = "setup", generation: int = 0, **facts: Any) -> Letter:
         data = pack(Frame(kind, payload, self.round, self.i, generation))
-        return self.letter.reply(introduced(data, Schema.of(payload), self.order["met"], stage))
+        return self.letter.reply(introduced(data, Schema.of(payload), self.order["met"], stage), **facts)
 
     def observe(self, trainer: Trainer, talk: State, steps: Tensor | None) -> Letter:
         """Local steps, and what the rule sees; the round stays open."""
         if steps is None:
             raise WireError("the letter does not say how many steps to do")
+        began = time.perf_counter()
         payload, live = trainer.observe(0, self._job(talk) if self.order.get("begins") else None, steps.to(torch.int64))
-        done, local = trainer.opened(0)
+        took, (done, local) = time.perf_counter() - began, trainer.opened(0)
         meta = {"round": self.round, "session": self.order["session"]}
         save_state(self.folder / "open.safetensors", talk | {"live": live, "done": done, "local": local}, meta)
-        return self._reply("monitor", row(payload, 0))
+        return self._reply("monitor", row(payload, 0), seconds=took)
 
     def collect(self, trainer: Trainer, talk: State, steps: Tensor | None) -> Letter:
         """The upload; what the client will own if it is accepted is written first."""
