@@ -41,6 +41,7 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "opacus",
 }  # imported where they are used, never at the top of a module
 
 
@@ -121,6 +122,11 @@ def test_flower_has_one_door():
 def test_peft_has_one_door():
     users = {str(path.relative_to(ROOT)) for path in FILES if "peft" in {name.split(".")[0] for name in imports(path)}}
     assert users == {"partition/lora.py"}
+
+
+def test_opacus_has_one_door():
+    users = {str(path.relative_to(ROOT)) for path in FILES if "opacus" in {name.split(".")[0] for name in imports(path)}}
+    assert users == {"experiment/privacy.py"}
 
 
 def test_onnx_has_one_door():

@@ -132,7 +132,8 @@ def collect(work: Work, local: State, u: Vector, own: State, key: Key) -> tuple[
     origin = work.split.x0 if getattr(work.solver, "point", False) else None  # a point is sent as seen from x0
     message = message if origin is None else message - origin
     payload, tx = work.codec.encode(message, work.mine(own["tx"]), key, layout=work.layout, knobs=own.get("knobs", {}))
-    stats = {"loss": mean_loss(local), "steps": local["done"].to(torch.int32)}
+    loss = torch.zeros_like(local["loss"]) if getattr(work.codec, "silent", False) else mean_loss(local)
+    stats = {"loss": loss, "steps": local["done"].to(torch.int32)}
     if origin is not None:
         stats |= work.solver.tell(local["solver"])  # type: ignore[attr-defined]
         solver = work.solver.settle(solver, origin + work.codec.known(tx))  # type: ignore[attr-defined]

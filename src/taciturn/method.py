@@ -6,15 +6,15 @@ and steps x who takes part x in which precision clients train and send.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from taciturn.aggregation import controlled, low_rank, mean, running, weighted
+from taciturn.aggregation import controlled, low_rank, mean, private, running, weighted
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
-from taciturn.codecs import chain, difference, error_feedback, identity, lossless, quantize, quantize4, top_k
+from taciturn.codecs import chain, clip, difference, error_feedback, identity, lossless, quantize, quantize4, top_k
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import MethodError, ModelError, require
 from taciturn.core.types import (
@@ -29,8 +29,10 @@ from taciturn.core.types import (
 )
 from taciturn.core.vector import Layout
 from taciturn.participation import all as everyone
+from taciturn.participation import poisson
 from taciturn.partition import full, lora, twins
 from taciturn.precision import all as in_float32
+from taciturn.precision import coarse, coarse_fine
 from taciturn.precision.policies import Policy
 from taciturn.server import sgd as server_sgd
 from taciturn.solvers import ditto, pfedme, scaffold, sgd
@@ -136,6 +138,54 @@ def _check_control(solver: Solver, codec: Codec, aggregator: Aggregator, server:
         )
 
 
+def _within(codec: Codec) -> Iterator[Codec]:
+    """The codecs that a codec is made of."""
+    for name in getattr(codec, "__dataclass_fields__", ()):
+        part = getattr(codec, name)
+        if hasattr(part, "encode"):
+            yield part
+            yield from _within(part)
+
+
+def _check_private(method: Method) -> None:
+    """A guarantee holds for what is clipped and noisy; nothing else of a client's data may steer what is released."""
+    codec, aggregator = method.codec, method.aggregator
+    if any(isinstance(part, clip) for part in _within(codec)):
+        raise MethodError(
+            f"method: codec = {codec}: a codec around clip would change what was clipped, and send later what noise took "
+            "away; clip stands outermost, codec = clip(codec = ..)"
+        )
+    if not (isinstance(aggregator, private) or is_silent(codec)):
+        return
+    said = "method: for aggregator = private" if isinstance(aggregator, private) else "method: for codec = clip with noise"
+    if isinstance(aggregator, private) and is_silent(codec):
+        raise MethodError("method: aggregator = private and codec = clip with noise both add noise; set clip.noise = 0")
+    if not isinstance(aggregator, private) and aggregator != mean(weights="clients"):
+        raise MethodError(f"{said}, aggregator = mean, in which every client counts the same; got {aggregator}")
+    if not isinstance(method.sync, every) or method.sync.pace != "own":
+        raise MethodError(
+            f'{said}, sync = every(pace = "own"); got {method.sync}, by which what clients do depends on numbers of the '
+            "others, told without noise"
+        )
+    if isinstance(method.precision, coarse | coarse_fine) or getattr(method.precision, "learns", False):
+        raise MethodError(
+            f"{said}, precision = all, fixed or random; {type(method.precision).__name__} decides by labels and "
+            "measurements of clients, told without noise"
+        )
+    rate = getattr(aggregator, "rate", None)
+    draws = method.participation.rate if isinstance(method.participation, poisson) else 1.0
+    if rate is not None and (rate != draws or not isinstance(method.participation, poisson | everyone)):
+        raise MethodError(
+            f"{said}, participation = poisson(rate = {rate}), or all with rate = 1: the accountant knows no other "
+            f"sampling; got {method.participation} and rate = {rate}"
+        )
+
+
+def is_silent(codec: Codec) -> bool:
+    """True if clients add noise of their own, and tell nothing without it."""
+    return bool(getattr(codec, "silent", False))
+
+
 def _check_alone(method: Method, split: Split) -> None:
     """Where nothing is shared there is no vector to encode and no drift to look at."""
     if not split.layout.d and (method.codec.lossy or method.broadcast.codec.lossy or method.sync.observer != "nobody"):
@@ -223,6 +273,7 @@ class Method:
         _check_gauge(self.aggregator, self.server)
         _check_control(self.solver, self.codec, self.aggregator, self.server)
         _check_merges(self.aggregator, self.server, self.broadcast, self.partition)
+        _check_private(self)
 
     def split(self, model: nn.Module, tracked: frozenset[str]) -> Split:
         """The partition's split, that for methods that merge where the aggregator does, with what the solver adds to it."""
@@ -242,9 +293,17 @@ class Method:
         return split if extend is None else extend(split)
 
     def encoded(self, codec: Codec) -> Method:
-        """The same method with another codec on the way up; `running` goes with the codec whose memory it kept."""
+        """The same method with another codec on the way up, inside the clip of the old one; `running` goes with the codec
+        whose memory it kept.
+        """
         aggregator = mean(self.aggregator.weights) if isinstance(self.aggregator, running) else self.aggregator
+        codec = replace(self.codec, codec=codec) if isinstance(self.codec, clip) else codec
         return replace(self, codec=codec, aggregator=aggregator)
+
+    def secret(self) -> Method:
+        """The same method with noise and cohorts of the operating system, as real sites need; most methods have none."""
+        parts = {name: getattr(self, name) for name in ("codec", "aggregator", "participation")}
+        return replace(self, **{name: replace(one, secret=True) for name, one in parts.items() if hasattr(one, "secret")})
 
     @classmethod
     def lean(cls, base: Method | None = None) -> Method:

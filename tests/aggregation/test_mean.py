@@ -118,4 +118,4 @@ def test_weights():
     assert mean().weigh(sizes).tolist() == [1.0, 1.0, 1.0]
     assert weighted().weigh(sizes).tolist() == [1.0, 7.0, 60_000.0]
     assert weighted() == mean(weights="samples") != mean() and mean.linear
-    assert set(aggregation.__all__) == {"controlled", "low_rank", "mean", "nova", "running", "weighted"}
+    assert set(aggregation.__all__) == {"controlled", "low_rank", "mean", "nova", "private", "running", "weighted"}

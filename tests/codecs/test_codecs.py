@@ -70,6 +70,8 @@ ROWS = {
     "lowrank-cold": Row(C.lowrank(rank=1, turns=2, warm=False), close=True),
     "lowrank-quantized": Row(C.chain(C.lowrank(rank=1), C.quantize4()), close=True),
     "partial": Row(C.partial(), exact=False),
+    "clip": Row(C.clip(C.quantize4(), norm=0.5)),
+    "clip-noise": Row(C.clip(norm=2.0, noise=1.0, count=4)),
     "error_feedback": Row(C.error_feedback(C.top_k(share=0.2))),
     "error_feedback-sign": Row(C.error_feedback(C.sign())),
     "ef21": Row(C.ef21(C.top_k(share=0.2))),
@@ -84,6 +86,8 @@ ROWS = {
 }
 PRESETS = {"quantize8", "quantize4", "quantize2", "qsgd", "ternary", "sign", "ef21"}
 each = pytest.mark.parametrize("row_", ROWS.values(), ids=ROWS)
+loud = {name: row_ for name, row_ in ROWS.items() if not getattr(row_.codec, "silent", False)}
+each_loud = pytest.mark.parametrize("row_", loud.values(), ids=loud)  # all but clip with noise (tests/laws/test_privacy.py)
 unbiased = {name: row_ for name, row_ in ROWS.items() if row_.codec.unbiased}
 each_unbiased = pytest.mark.parametrize("name", unbiased)
 quick = settings(max_examples=25, deadline=None)
@@ -249,7 +253,7 @@ def test_the_compiled_kernels_change_no_bit(row_):
         assert equal(one[0][0], other[0][0]) and equal(one[0][1], other[0][1]) and equal(one[1], other[1])
 
 
-@each
+@each_loud
 @pytest.mark.parametrize(
     "layout", [layout_of(1), layout_of(31), layout_of(64), MATRICES], ids=["1", "31", "64", "matrices"]
 )
@@ -257,7 +261,7 @@ def test_zeros_stay_zeros(row_, layout):
     assert not through(row_.codec, torch.zeros(layout.d), layout=layout).any()
 
 
-@each
+@each_loud
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_reaches_the_server(row_, bad):
     """A client that failed must be seen, whatever the draw."""

@@ -22,6 +22,9 @@ class FakeLine:
     def there(self) -> range:
         return range(self.clients)
 
+    def place(self, client: int) -> int:
+        return 0
+
     def exchange(self, letters, seconds) -> Iterator[Letter]:
         for sent in letters:
             for letter in self.spoil("down", self._copied(sent)):

@@ -21,6 +21,7 @@ PAIRED = {  # parts that stand only beside each other
     "scaffold": {"aggregator": "controlled"},
     "controlled": {"solver": "scaffold"},
     "twins": {"solver": "ditto"},
+    "private": {"participation": "all"},
 }
 
 
@@ -39,7 +40,7 @@ def test_every_part_survives_toml():
     for kind in kinds:
         for name in config.PARTS[kind]:
             extra = {"participation": {"count": 3}, "partition": {"personal": "head"}}.get(kind, {})
-            extra = {} if name in ("all", "full", "local", "lora", "twins") else extra
+            extra = {} if name in ("all", "full", "local", "lora", "poisson", "twins") else extra
             method = base["method"] | {kind: {"name": name, **extra}} | PAIRED.get(name, {})
             experiment = config.from_table(base | {"method": method})
             assert config.from_table(config.to_table(experiment)) == experiment

@@ -16,7 +16,7 @@ from taciturn import participation
 from taciturn.core import random
 from taciturn.core.errors import ConfigError
 from taciturn.participation import all as everyone
-from taciturn.participation import available, cyclic, uniform
+from taciturn.participation import available, cyclic, poisson, uniform
 
 RULES = {
     "all": everyone(),
@@ -24,6 +24,8 @@ RULES = {
     "uniform fraction": uniform(fraction=0.4),
     "cyclic count": cyclic(count=3),
     "cyclic fraction": cyclic(fraction=0.3, seed=5),
+    "poisson": poisson(rate=0.4),
+    "poisson rare": poisson(rate=1e-3),
     "available": available(count=3),
     "available day": available(fraction=0.5, probability=0.5, swing=1.0, period=4),
     "available rare": available(count=2, probability=1e-9),

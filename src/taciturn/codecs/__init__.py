@@ -1,6 +1,7 @@
 """HOW a vector is encoded. Every exported name is a part that can stand in `[method.codec]`."""
 
 from taciturn.codecs.cast import cast
+from taciturn.codecs.clip import clip
 from taciturn.codecs.compose import chain, per_tensor
 from taciturn.codecs.identity import identity
 from taciturn.codecs.lossless import lossless
@@ -14,6 +15,7 @@ from taciturn.codecs.sparsify import rand_k, sparsify, top_k
 __all__ = [
     "cast",
     "chain",
+    "clip",
     "difference",
     "ef21",
     "error_feedback",

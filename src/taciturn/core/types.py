@@ -103,8 +103,7 @@ class Change:
 @dataclass(frozen=True)
 class Observations:
     """What came back during a round: payload [M, ..] by name, which clients were heard, which are still training. Rows of
-    clients that were not heard mean nothing. done: local steps of each; spent: of this round so far.
-    """
+    clients that were not heard mean nothing. done: local steps of each; spent: of this round so far."""
 
     payload: Payload
     heard: Tensor  # [M] bool
@@ -115,12 +114,13 @@ class Observations:
 
 @dataclass(frozen=True)
 class Spent:
-    """A client's mean cost of a round: bytes (but for what is sent once), round trips, seconds of a step by this clock."""
+    """A client's mean cost of a round: bytes (but what is sent once), round trips; clocked seconds of a step, of a look."""
 
     up: float = 0.0
     down: float = 0.0
     exchanges: int = 0
     step_seconds: float = 0.0
+    look_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

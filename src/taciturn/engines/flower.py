@@ -107,12 +107,15 @@ class FlowerLine:
                 self.nodes = {other: part for other, part in self.nodes.items() if part != (which, of)}  # it was replaced
                 self.nodes[node] = which, of
 
+    def place(self, client: int) -> int:
+        """The node of a client; -1 if there is none."""
+        return next((node for node, (which, of) in self.nodes.items() if client % of == which), -1)
+
     def exchange(self, letters: Sequence[Letter], seconds: float) -> Iterator[Letter]:
         """One message to each node that has letters, and the letters in the answers as they come."""
         began, bundles = time.monotonic(), dict[int, list[Letter]]()
         for letter in letters:
-            node = next((node for node, (which, of) in self.nodes.items() if letter.client % of == which), None)
-            if node is not None:
+            if (node := self.place(letter.client)) >= 0:
                 bundles.setdefault(node, []).append(letter)
         told = {node: (TYPES[str(bundle[0].order["command"])], content_of(bundle)) for node, bundle in bundles.items()}
         for node, content in self._talk(told, seconds):

@@ -8,11 +8,12 @@ the same `EDITION`; nothing of a letter is evaluated.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from taciturn.core.errors import WireError
+from taciturn.core.errors import DataError, TaciturnError, WireError
 from taciturn.core.types import Split
 from taciturn.wire.format import KINDS, LARGEST, VERSION, Frame, Schema, pack_schema, unpack, unpack_schema
 
@@ -45,11 +46,26 @@ class Letter:
         return Letter(self.client, order | facts, tuple(frames))
 
 
+def failed(letter: Letter, error: Exception) -> Letter:
+    """The answer to a letter that could not be done. What the user's model or data say may be data: it stays on the console
+    of the site, and the server is told the kind of the error; other errors of this library are told as they are.
+    """
+    if isinstance(error, TaciturnError) and not isinstance(error, DataError):
+        return letter.reply(error=str(error))
+    kind = type(error).__name__
+    print(f"taciturn: client {letter.client}: {kind}: {error}", file=sys.stderr, flush=True)
+    return letter.reply(error=f"{kind}; what it says is on the console of the site")
+
+
 class Line(Protocol):
     """Carries letters to the sites and their answers back."""
 
     def there(self) -> Iterable[int]:
         """Clients whose site can be reached now."""
+        ...
+
+    def place(self, client: int) -> int:
+        """Where a client lives; the clients of one place work one after the other."""
         ...
 
     def exchange(self, letters: Sequence[Letter], seconds: float) -> Iterable[Letter]:

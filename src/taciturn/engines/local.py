@@ -193,8 +193,13 @@ class LocalEngine:
         return torch.cat(parts)[torch.argsort(where).to(parts[0].device)]
 
     def spent(self) -> Spent:
-        """Bytes and round trips so far; seconds of a step of one client, by the clock, in one of the workers."""
+        """Bytes and round trips so far; seconds of a step of one client, by the clock, in one of the workers; where clients
+        are elsewhere, of a step there and of a look.
+        """
         up, down, exchanges = self.post.ledger.spent(len(self._plan.ids))
+        elsewhere = getattr(self.crew, "observed", None)
+        if elsewhere is not None and (seen := elsewhere())[0]:
+            return Spent(up, down, exchanges, *seen)
         steps = int(self._done.sum())
         return Spent(up, down, exchanges, self.crew.count * self._seconds / steps if steps else 0.0)
 

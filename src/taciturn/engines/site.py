@@ -19,6 +19,7 @@ Symbols: everything is a block of one client; i its number.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,12 +31,12 @@ from torch import Tensor
 
 from taciturn.client import Work
 from taciturn.core import random
-from taciturn.core.errors import RunError, TaciturnError, WireError
+from taciturn.core.errors import RunError, WireError
 from taciturn.core.random import Key
 from taciturn.core.state import State, load_state, row, save_state, stack, tree_map, write_atomic
 from taciturn.core.types import Payload, Record
 from taciturn.core.vector import pieces_of
-from taciturn.engines.letters import COMMANDS, EDITION, Letter, introduced, most, read
+from taciturn.engines.letters import COMMANDS, EDITION, Letter, failed, introduced, most, read
 from taciturn.engines.modes import one
 from taciturn.engines.plain import Plain
 from taciturn.engines.post import keeps_copies, narrowed, nothing_held, widened
@@ -67,10 +68,8 @@ def answer(site: Site, letter: Letter) -> Letter:
     """Do what a letter says -> the reply; what failed is in its order, as "error"."""
     try:
         return _do(site, letter)
-    except TaciturnError as error:
-        return letter.reply(error=str(error))
     except Exception as error:  # the user's model, or bytes that got past all checks: the site lives on
-        return letter.reply(error=f"{type(error).__name__}: {error}")
+        return failed(letter, error)
 
 
 def _do(site: Site, letter: Letter) -> Letter:
@@ -242,19 +241,20 @@ class _Desk:
 
     # ----------------------------------------------------------------------------------------------------- the answers
 
-    def _reply(self, kind: str, payload: Payload, stage: str = "setup", generation: int = 0) -> Letter:
+    def _reply(self, kind: str, payload: Payload, stage: str = "setup", generation: int = 0, **facts: Any) -> Letter:
         data = pack(Frame(kind, payload, self.round, self.i, generation))
-        return self.letter.reply(introduced(data, Schema.of(payload), self.order["met"], stage))
+        return self.letter.reply(introduced(data, Schema.of(payload), self.order["met"], stage), **facts)
 
     def observe(self, trainer: Trainer, talk: State, steps: Tensor | None) -> Letter:
         """Local steps, and what the rule sees; the round stays open."""
         if steps is None:
             raise WireError("the letter does not say how many steps to do")
+        began = time.perf_counter()
         payload, live = trainer.observe(0, self._job(talk) if self.order.get("begins") else None, steps.to(torch.int64))
-        done, local = trainer.opened(0)
+        took, (done, local) = time.perf_counter() - began, trainer.opened(0)
         meta = {"round": self.round, "session": self.order["session"]}
         save_state(self.folder / "open.safetensors", talk | {"live": live, "done": done, "local": local}, meta)
-        return self._reply("monitor", row(payload, 0))
+        return self._reply("monitor", row(payload, 0), seconds=took)
 
     def collect(self, trainer: Trainer, talk: State, steps: Tensor | None) -> Letter:
         """The upload; what the client will own if it is accepted is written first."""

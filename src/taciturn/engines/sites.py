@@ -12,6 +12,7 @@ Symbols: i a client; blocks have one client.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,12 +43,13 @@ NEWCOMER = {"generation": torch.tensor(0)}  # what the server keeps of a client
 
 @dataclass
 class _Talk:
-    """With one client in this round. limit, done: local steps."""
+    """With one client in this round. limit, done: local steps; stretch: those of the last look."""
 
     client: int
     kind: int
     limit: int = 0
     done: int = 0
+    stretch: int = 0
 
 
 class Generations:
@@ -173,11 +175,37 @@ class Sites:
         """A new round; who was lost in the last one may be heard again."""
         self._round, self._signal, self._talks, self.silent = round, signal, {}, {}
         self._deadline = time.monotonic() + self._seconds
+        self._looks: list[tuple[float, int, float]] = []  # seconds of training, steps, other seconds
+
+    def observed(self) -> tuple[float, float]:
+        """Of the looks of this round: seconds of a step of a client, and of a look but for the steps; 0: of none."""
+        seconds, steps, beside = (
+            (sum(column) for column in zip(*self._looks, strict=True)) if self._looks else (0.0, 0, 0.0)
+        )
+        return seconds / steps if steps else 0.0, beside / max(1, len(self._looks))
+
+    def _clocked(self, seconds: float, talks: list[_Talk], replies: dict[int, Letter]) -> None:
+        """A look was answered. What clients say of their training is believed as far as time has passed; clients of one
+        place work one after the other, and places at once.
+        """
+        busy: dict[int, float] = {}
+        total, steps = 0.0, 0
+        for talk in talks:
+            told = replies[talk.client].order.get("seconds")
+            if isinstance(told, float) and 0 < told < math.inf:
+                told, place = min(told, seconds), self._line.place(talk.client)
+                busy[place] = busy.get(place, 0.0) + told
+                total, steps = total + told, steps + talk.stretch
+        if busy:
+            self._looks.append((total, steps, max(0.0, seconds - max(busy.values()))))
 
     def each(self, command: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """One letter to each client that has something to do, and their answers; None for a client that is not heard."""
         asked = [self._asked(command, *call) for call in calls]
+        began = time.monotonic()
         replies = self._exchange([letter for _, letter in asked if letter is not None], self._deadline)
+        if command == "observe":
+            self._clocked(time.monotonic() - began, [talk for talk, _ in asked if talk.client in replies], replies)
         for talk, letter in asked:
             found = None if letter is None else self._read(command, letter, replies.get(letter.client), talk.kind)
             yield None if found is None else self._found(command, found, talk)
@@ -200,7 +228,8 @@ class Sites:
         if command == "measure":
             facts["split"] = given
         elif command == "observe":
-            talk.done = min(talk.limit, talk.done + int(given[0]))
+            talk.stretch = min(talk.limit - talk.done, int(given[0]))
+            talk.done += talk.stretch
         elif given is not None:
             facts["stride"] = int(given[0])
         return talk, self._letter(i, command, self._round, self._outbox.pop(i, ()), limit=talk.limit, **facts)

@@ -25,7 +25,7 @@ from taciturn.core.errors import ConfigError, require
 from taciturn.core.state import write_atomic
 from taciturn.core.types import SyncRule
 from taciturn.engines import flower
-from taciturn.engines.letters import Letter, order_of, order_text
+from taciturn.engines.letters import Letter, failed, order_of, order_text
 from taciturn.engines.site import Site, answer
 from taciturn.engines.sites import SECONDS, Sites
 from taciturn.experiment.allocation import facts_of
@@ -97,7 +97,7 @@ def _experiment(folder: Path, data_path: str = "") -> Experiment:
 
 def site_of(experiment: Experiment, folder: Path) -> Site:
     """What the clients of a node share; folder: where they keep what is theirs."""
-    method, seed = experiment.method, experiment.seed
+    method, seed = experiment.method.secret(), experiment.seed
     task = experiment.task.build(seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
     work = Work(task, method.split(task.model, task.tracked), method.solver, method.codec)
     return Site(work, method, random.key(seed), folder, fingerprint(experiment), facts_of(method, task))
@@ -154,7 +154,7 @@ def at_node(told: dict[str, Any], letter: Letter) -> Letter:
     try:
         site = _site(Path(told["app"]), str(node["state-dir"]), str(node.get("data-path", "")))
     except Exception as error:  # the user's data or model at this node
-        return letter.reply(error=f"{type(error).__name__}: {error}")
+        return failed(letter, error)
     return answer(site, letter)
 
 

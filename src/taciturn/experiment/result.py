@@ -60,6 +60,7 @@ def summarize(header: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, 
         "seconds": round(last.get("seconds", 0.0), 3),
         "simulated_seconds": last.get("simulated", {}).get("total", 0.0),
         "left_out": sum(len(line["left_out"]) for line in lines),
+        **{name: value for name, value in last.get("privacy", {}).items() if "epsilon" in name or name == "delta"},
     }
 
 

@@ -33,22 +33,20 @@ from taciturn.experiment.central import Central
 from taciturn.experiment.config import to_table, to_toml
 from taciturn.experiment.experiment import DTYPES, Callback, Experiment
 from taciturn.experiment.interrupts import interrupts
+from taciturn.experiment.privacy import Budget, check
 from taciturn.experiment.record import FORMAT, RunFolder
 from taciturn.experiment.result import Result
 from taciturn.experiment.simulated import Times
 from taciturn.experiment.snapshot import server_of, server_record
-from taciturn.method import Method
+from taciturn.method import Method, is_silent
 from taciturn.precision.policies import deployed_bits, learns
 from taciturn.round import RoundStats, ServerState, fed_round, start
 from taciturn.tasks.built import BuiltTask
 
 LISTED = 10_000  # clients whose names are in run.json; with more, each evaluation names its own
 MAY_DIFFER = (
-    "rounds",
-    "workers",
-    "stop_at",
-    "checkpoint_every",
-    *("evaluate_every", "evaluate_clients_every", "target", "name"),
+    *("rounds", "workers", "stop_at", "checkpoint_every", "target", "name"),
+    *("evaluate_every", "evaluate_clients_every"),
 )
 
 
@@ -66,6 +64,7 @@ class _Run:
     times: Times
     server: ServerState
     central: Central | None
+    budget: Budget
     history: list[dict[str, Any]]
     seconds: float = 0.0
 
@@ -83,7 +82,7 @@ class _Run:
 
 def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faults: Any) -> _Run:
     """Build task, split, engine and server; nothing is trained. header: of the run that is resumed."""
-    method = experiment.method
+    method = experiment.method.secret() if experiment.engine == "flower" else experiment.method
     task = experiment.task.build(experiment.seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
     split = method.split(task.model, task.tracked)
     work = Work(task, split, method.solver, method.codec)
@@ -103,7 +102,9 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
         )
     central = None if task.data.central is None else Central(task, work, task.data.central, keep)
     server = start(split.x0, task.train.sizes, method, split.base)
-    run = _Run(experiment, method, task, work, engine, path, key, times, server, central, [])
+    budget = Budget(method, len(task.train.sizes))
+    run = _Run(experiment, method, task, work, engine, path, key, times, server, central, budget, [])
+    check(experiment, method, run.from_clients, path.block > 1)
     if run.from_clients:
         _evaluated_ids(run)  # an error now is better than one after training
     return run
@@ -135,6 +136,7 @@ def run(
             state = prepare(experiment, **faults)
             folder.create(_header(state), to_toml(experiment))
             state.engine.clients.create(folder.path)
+            state.budget.restore([], folder.path)
             return _loop(state, folder.header(), folder, callbacks)
         header = folder.header()
         same_experiment(header["experiment"], to_table(experiment), folder.path)
@@ -182,7 +184,9 @@ class Interrupted(KeyboardInterrupt):
 def _round(run: _Run) -> RoundStats:
     key, ids = run.draw(run.server.round)
     sizes, split = run.task.train.sizes[ids], run.work.split
+    run.budget.begin()
     run.server, stats = fed_round(run.server, ids, sizes, run.method, run.engine, split, key)
+    run.budget.release(stats)
     return stats
 
 
@@ -260,8 +264,9 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
     done, metrics, spread, deployed, bits = run.server.round, None, None, None, deployed_bits(experiment.method.precision)
     due = last or done % experiment.evaluate_every == 0
     every = experiment.evaluate_clients_every
+    asked = (last and not is_silent(run.method.codec)) or (every and done % every == 0)
     held_out = run.from_clients or getattr(run.task.data, experiment.evaluate_on, None) is not None
-    if (due and run.from_clients) or (held_out and (last or (every and done % every == 0))):
+    if (due and run.from_clients) or (held_out and asked):
         metrics, spread = _evaluate_clients(run)
     if due and not run.from_clients:
         assert run.central is not None
@@ -296,6 +301,7 @@ def _line(run: _Run, stats: RoundStats, last: bool) -> dict[str, Any]:
         | ({"knobs": stats.knobs} if stats.knobs else {})
         | ({"precision": stats.precision} if stats.precision else {})
         | ({"deployed": deployed} if bits else {})
+        | run.budget.line()
     )
 
 
@@ -353,7 +359,7 @@ def _snapshot(run: _Run) -> tuple[State, dict[str, Any]]:
 def _restore(run: _Run, folder: RunFolder) -> None:
     found = folder.load()
     if found is None:
-        folder.lines(0)
+        run.budget.restore(folder.lines(0), folder.path)
         run.engine.clients.create(folder.path)
         return
     state, meta = found
@@ -365,6 +371,7 @@ def _restore(run: _Run, folder: RunFolder) -> None:
     run.engine.restore(state["engine"])
     run.engine.post.ledger.totals = meta["totals"]
     run.history = folder.lines(meta["round"])
+    run.budget.restore(run.history, folder.path)
     run.seconds = meta["seconds"]
 
 

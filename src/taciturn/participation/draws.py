@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from taciturn.core import random
+from taciturn.core import random, secret
 from taciturn.core.errors import require
 from taciturn.core.random import Key
 
@@ -55,6 +55,29 @@ class uniform:
     def draw(self, round: int, key: Key, available: Tensor) -> Tensor:
         """-> [M] ids in the order drawn."""
         return _some(key, available.nonzero().squeeze(1), _cohort(self.count, self.fraction, len(available)))
+
+
+@dataclass(frozen=True, slots=True)
+class poisson:
+    """Each available client takes part with probability `rate`, whatever the others do.
+
+    The sampling that amplifies differential privacy (docs/privacy.md). A round needs a client: where none is drawn, one is
+    taken, uniform; the accountant knows how rare that is. secret: drawn by the operating system in place of the run's key,
+    which all sites know; a deployed run sets it.
+    """
+
+    rate: float = 0.1
+    secret: bool = False
+
+    def __post_init__(self) -> None:
+        require(0 < self.rate <= 1, f"poisson.rate: above 0, at most 1; got {self.rate}")
+
+    def draw(self, round: int, key: Key, available: Tensor) -> Tensor:
+        """-> ids, ascending."""
+        n = len(available)
+        drawn = secret.uniform(n) if self.secret else random.uniform(random.fold(key, "poisson"), n)
+        ids = (available & (drawn < self.rate)).nonzero().squeeze(1)
+        return ids if len(ids) else _some(key, available.nonzero().squeeze(1), 1)
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from taciturn.core.errors import MethodError, require, unknown
+from taciturn.core.errors import ConfigError, MethodError, require, unknown
 from taciturn.core.price import Price
 from taciturn.core.state import State
 from taciturn.core.types import OK, Change, Observations, Payload, Plan, Record, Spent
@@ -22,6 +22,8 @@ from taciturn.core.vector import Vector
 from taciturn.sync.monitors import MONITORS, Sizes, directions, drifts, estimate
 from taciturn.sync.sketch import MOST
 from taciturn.sync.thresholds import Look, Threshold, adaptive, plain
+
+SHARE = 0.08  # of a round's time that looks may take with monitor_every = "auto"; clocks and cohorts differ by some more
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,9 @@ class fda:
     the upload. theta: how the threshold moves. price: what local work and messages cost; None: sending the model once, in
     float32, costs as much as `crossing` local epochs. max_blocks: None: the rule's. block: local epochs.
     pace "own": a block is passes over the client's own data; "longest": all do as many steps as the longest of the cohort.
+    monitor_every "auto": where clients are elsewhere, looks are so far apart that they take SHARE of a round's time at
+    most, by the seconds that looks and steps took in the last one, which are kept in the state; rounds may get longer than
+    the threshold asks for, but for max_blocks. In a simulation looks take no time, and it changes nothing.
     rows, columns, seed: of the sketch. State, on the server: Theta and what the last round cost.
     Errors: `MethodError` for a cohort of one, whose variance is 0, where Theta is built from it.
     Source: FDA-Opt, arXiv 2505.04535 (`fda.published`); the adaptive threshold is ours.
@@ -45,6 +50,7 @@ class fda:
     max_blocks: int | None = None
     block: float = 1.0
     pace: Literal["own", "longest"] = "own"
+    monitor_every: Literal["auto"] | None = None
     rows: int = 3
     columns: int = 500
     seed: int = 0
@@ -55,6 +61,8 @@ class fda:
         require(self.max_blocks is None or self.max_blocks >= 1, f"max_blocks: at least 1; got {self.max_blocks}")
         require(0 < self.crossing < math.inf, f"crossing: local epochs, above 0; got {self.crossing}")
         require(self.block > 0, f"block: local epochs, above 0; got {self.block}")
+        if self.monitor_every not in (None, "auto"):
+            raise ConfigError(f'sync.monitor_every: "auto", or nothing; got {self.monitor_every!r}')
         require(self.rows >= 1, f"rows: at least 1; got {self.rows}")
         require(1 <= self.columns <= MOST, f"columns: 1 to {MOST}; got {self.columns}")
 
@@ -85,6 +93,7 @@ class fda:
         state["rho"] = torch.tensor(math.nan, dtype=torch.float64)
         state["cost"] = torch.tensor([once, once, 2.0, 0.0], dtype=torch.float64)
         state |= {"looks": torch.zeros(0, 3, dtype=torch.float64), "drift": torch.zeros(0, dtype=torch.float64)}
+        state |= {"clocked": torch.zeros(2, dtype=torch.float64)} if self.monitor_every else {}
         return state | ({"xi": directions(self.seed, d)} if self.monitor == "linear" else {})
 
     # --------------------------------------------------------------------------------------------------- work and price
@@ -110,6 +119,15 @@ class fda:
         """Seconds of a step by the clock, where the price asks for them; else 0, so that runs are alike."""
         return spent.step_seconds if self.price is not None and self.price.step_seconds is None else 0.0
 
+    def _apart(self, epoch_steps: Tensor, state: State) -> float:
+        """Blocks between looks, at least: (1 / SHARE - 1) seconds of steps for each second of a look; 0: any."""
+        step, look = state["clocked"].tolist() if self.monitor_every else (0.0, 0.0)
+        return (1 / SHARE - 1) * look / (step * float(epoch_steps.max()) * self.block) if step > 0 else 0.0
+
+    def _limit(self, apart: float) -> float:
+        """Most blocks: where none are given, enough for a look."""
+        return float(self.most) if self.max_blocks is not None else max(float(self.most), apart)
+
     def schedule(self, epoch_steps: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """[M] steps per epoch -> ([M] limit after max_blocks, [M] steps before the first look)."""
         if len(epoch_steps) == 1 and not MONITORS[self.monitor].bound:
@@ -122,8 +140,9 @@ class fda:
         if self.observer == "client":
             most = self.theta.alone(self.most, rho, state["rule"]) if known else 1.0
             return self._steps(epoch_steps, most), self._steps(epoch_steps, 1.0)
-        first = self.theta.first(rho, state["rule"]) if known else 1.0
-        return self._steps(epoch_steps, self.most), self._steps(epoch_steps, first)
+        apart = self._apart(epoch_steps, state)
+        first = max(self.theta.first(rho, state["rule"]) if known else 1.0, apart)
+        return self._steps(epoch_steps, self._limit(apart)), self._steps(epoch_steps, first)
 
     # -------------------------------------------------------------------------------------------------------- the round
 
@@ -152,6 +171,9 @@ class fda:
         longest = plan.epoch_steps.max()
         n, h = float(seen.done.max() / (longest * self.block)), float(found)
         rho, _ = self._rho(plan.epoch_steps, state)
+        most = self._limit(self._apart(plan.epoch_steps, state))  # as when the round began
+        if self.monitor_every and plan.round == 0:
+            state = state | {"clocked": _clocked(seen.spent)}
         begun, drift = int(state["round"]) == plan.round, drifts(payload)
         if begun:  # who has halted stands still
             drift = torch.where(seen.heard, drift, state["drift"])
@@ -160,9 +182,10 @@ class fda:
         theta = self.theta.at(known, rho, state["rule"])
         looks = torch.cat([looks, looks.new_tensor([[n, h, theta]])])
         state = state | {"round": torch.tensor(plan.round), "looks": looks, "drift": drift}
-        if not h <= theta or n >= self.most:  # not finite: over, too
+        if not h <= theta or n >= most:  # not finite: over, too
             return None, state
-        reach = max(self.theta.after(known, rho, state["rule"]), n + 1 / (float(longest) * self.block))
+        apart = max(self._apart(plan.epoch_steps, state), 1 / (float(longest) * self.block))
+        reach = max(self.theta.after(known, rho, state["rule"]), n + apart)
         return (self._steps(plan.epoch_steps, reach) - seen.done).clamp(min=0), state
 
     def update(self, state: State, plan: Plan, stats: Record, spent: Spent, change: Change) -> State:
@@ -188,6 +211,7 @@ class fda:
         rho, _ = self._rho(plan.epoch_steps, state)
         known = _looks(state["looks"])
         state |= {"rule": self.theta.update(state["rule"], known, n, v, self.most, rho), "rho": cost.new_tensor(rho)}
+        state |= {"clocked": _clocked(spent)} if self.monitor_every and spent.look_seconds > 0 else {}
         state |= {"blocks": cost.new_tensor(n), "longest": torch.tensor(longest, dtype=torch.float64)}
         return state | ({"xi": (change.update > 0).cpu()} if self.monitor == "linear" else {})
 
@@ -199,7 +223,10 @@ class fda:
         told: dict[str, Any] = {name: _plain(state[name]) for name in ("blocks", "variance", "rho", "drift")}
         looks = [dict(zip(("blocks", "estimate", "threshold"), look, strict=True)) for look in _plain(state["looks"])]
         carried = {name: _plain(value) for name, value in state["rule"].items()}
-        return told | {"price": asdict(price), "looks": looks, "next": carried}
+        clocked = (
+            dict(zip(("step_seconds", "look_seconds"), _plain(state["clocked"]), strict=True)) if self.monitor_every else {}
+        )
+        return told | {"price": asdict(price), "looks": looks, "next": carried} | ({"clocked": clocked} if clocked else {})
 
 
 def _plain(tensor: Tensor) -> Any:
@@ -207,6 +234,12 @@ def _plain(tensor: Tensor) -> Any:
     if tensor.dim():
         return [_plain(one) for one in tensor]
     return float(tensor) if math.isfinite(float(tensor)) else None
+
+
+def _clocked(spent: Spent) -> Tensor:
+    """Seconds of a step and of a look elsewhere; zeros where clients are here."""
+    seen = (spent.step_seconds, spent.look_seconds) if spent.look_seconds > 0 else (0.0, 0.0)
+    return torch.tensor(seen, dtype=torch.float64)
 
 
 def _with(cost: Tensor, step_seconds: float) -> Tensor:
