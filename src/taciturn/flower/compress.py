@@ -24,7 +24,7 @@ import torch
 
 from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
-from taciturn.core.errors import WireError, require
+from taciturn.core.errors import RunError, WireError, require
 from taciturn.core.state import State
 from taciturn.core.types import Codec
 from taciturn.core.vector import Layout, Vector
@@ -89,14 +89,16 @@ def compress_mod(codec: Codec, down: Codec | Broadcast | None = None, seed: int 
         message.content = received(without(message.content, TOLD), told, context, way)
         if not trains(message):
             return call_next(message, context)
-        start = message.content.array_records or {"": context.state.get(RECEIVED)}
-        x = next(iter(start.values()))
+        sent = message.content.array_records
+        x = next(iter(sent.values())) if sent else context.state.get(RECEIVED)
         reply = call_next(message, context)
         if not reply.has_content():
             return reply
         if not reply.content.array_records:
             context.state[RECEIVED] = x
             return reply
+        if x is None:
+            raise RunError("compress_mod: this node was sent no arrays, and has lost those of the message before")
         context.state.pop(RECEIVED, None)
         reply.content = _encoded(reply.content, arrays_of(x), told, context, codec, way, seed)
         return reply

@@ -75,8 +75,9 @@ def fda_mod() -> Callable[[Any, Any, Any], Any]:
         if str(told["ask"]) == "collect":
             return _collected(message, context)
         if str(told["ask"]) == "go on":
-            content = dict(message.content.items()) | {str(told["name"]): context.state[HELD + str(told["name"])]}
-            message.content = app().RecordDict(content)
+            name = str(told["name"])
+            require(HELD + name in context.state and START in context.state, _LOST)
+            message.content = with_records(message.content, **{name: context.state[HELD + name]})
         else:
             context.state[START] = the_arrays(message.content, "fda_mod: a message of the server")[1]
         reply, said = _blocks(message, context, call_next, told)
@@ -123,8 +124,7 @@ def _drift(y: Arrays, x: Arrays) -> Tensor:
 def _collected(message: Any, context: Any) -> Any:
     """The last reply, which was held back."""
     held = {name: record for name, record in context.state.items() if name.startswith(HELD)}
-    if not held:
-        raise ConfigError("fda_mod: this node holds no reply to collect; it lost its state in mid-round")
+    require(bool(held), _LOST)
     for name in [*held, START]:
         context.state.pop(name, None)
     content = app().RecordDict({name.removeprefix(HELD): record for name, record in held.items()})
@@ -157,6 +157,7 @@ class FdaOpt:
 
     def start(self, grid: Any, initial_arrays: Any, *more: Any, **told: Any) -> Any:
         """The strategy's `start` -> its result."""
+        self.told.clear()
         arrays = arrays_of(initial_arrays)
         d = sum(one.size for one in arrays.values() if np.issubdtype(one.dtype, np.floating))
         server = _Server(self.rule, weights_key(self.strategy), self.rule.init(torch.zeros(d)), self.told)
@@ -272,6 +273,9 @@ class _Server:
         self.round += 1
         self.told.append(self.rule.tell(self.state))
         LOG.info("taciturn: %.1f blocks, next threshold %s", self.told[-1]["blocks"], self.told[-1]["next"]["theta"])
+
+
+_LOST = "fda_mod: this node has lost its state in mid-round, and holds nothing to go on with"
 
 
 def _said(reply: Any) -> Any:

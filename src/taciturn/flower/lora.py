@@ -83,6 +83,7 @@ class LoraAggregation:
         adapters = {name: one for name, one in arrays.items() if canonical(name) in sides}
         server = _Server(self, low_rank(self.operator), list(arrays), adapters)  # type: ignore[arg-type]
         server.begin()
+        self.told.clear()
         rest = app().ArrayRecord({name: array for name, array in initial_arrays.items() if name not in adapters})
         if evaluate_fn is not None:
             whole = evaluate_fn
