@@ -1,5 +1,7 @@
 """Model, data and training: nothing of it knows that it is federated."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -18,6 +20,7 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+@lru_cache
 def load_data(partition: int, of: int) -> tuple[TensorDataset, TensorDataset]:
     """(training data of one owner, with unlike labels; the test data of all)."""
     x, y = load_digits(return_X_y=True)
