@@ -24,8 +24,10 @@ def strategy(name: str = "FedAvg", **more):
     return getattr(strategies, name)(**SETTINGS | more)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("codec", [codecs.identity(), codecs.lossless(codecs.identity())], ids=["identity", "lossless"])
+LOSSLESS = [*((name, codecs.identity()) for name in NAMES), ("FedAvg", codecs.lossless(codecs.identity()))]
+
+
+@pytest.mark.parametrize(("name", "codec"), LOSSLESS)
 def test_what_loses_nothing_changes_no_bit_of_any_strategy(name, codec):
     plain, wrapped = grid_of(), grid_of(compress_mod(codec))
     a = strategy(name).start(plain, random_model(), num_rounds=3)
@@ -128,7 +130,8 @@ DOWN = {
 
 
 UPS = {"identity": codecs.identity(), "feedback": CODECS["feedback"]}
-PLACES = [*((name, up, "context") for name in DOWN for up in UPS), ("change", "feedback", "disk")]
+PLACES = [("half", "identity", "context"), ("whole", "identity", "context"), ("change", "identity", "context")]
+PLACES += [("sparse change", "feedback", "context"), ("change", "feedback", "disk")]
 
 
 @pytest.mark.parametrize(("name", "up", "place"), PLACES)

@@ -31,7 +31,7 @@ def test_there_is_one_for_each():
     assert set(DIFFS) == {"both", "compression", "fda", "ledger"}
 
 
-@pytest.mark.parametrize("diff", DIFFS)
+@pytest.mark.parametrize("diff", [pytest.param(d, marks=pytest.mark.slow) if d == "fda" else d for d in DIFFS])
 def test_at_most_five_lines_are_added_and_it_runs(diff, tmp_path, monkeypatch):
     text = (APP / f"{diff}.diff").read_text().splitlines()
     assert sum(line.startswith("+") and not line.startswith("+++") for line in text) <= 5
