@@ -28,7 +28,7 @@ test-all: $(READY)  ## the tests and the slow laws
 
 test-deploy: $(READY)  ## a real federation over Flower: processes, TLS, keys, kill -9
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[flower]'
-	$(BIN)/python -m pytest tests/deploy
+	$(BIN)/python -m pytest tests/deploy tests/dropin/test_quickstart.py
 
 check: $(READY)  ## format, lint, types, examples in the docs
 	$(BIN)/ruff format --check .

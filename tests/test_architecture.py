@@ -22,7 +22,7 @@ FLOORS = [
     {"client", "methods"},
     {"round", "sensitivity"},
     {"engines"},
-    {"tasks"},
+    {"flower", "tasks"},
     {"experiment"},
     {"advisor", "report"},
     {"compare"},
@@ -162,6 +162,7 @@ def test_exported_names_are_sorted_complete_and_there():
         "advisor",
         "report",
         "engines",
+        "flower",
         "solvers.schedules",
         "sync.thresholds",
     ):

@@ -22,18 +22,18 @@ SHORTEST, LONGEST = 0.05, 0.5  # seconds between two looks for answers
 Serve = Callable[["FlowerLine", dict[str, Any]], None]  # line, run config
 
 
-def _flwr() -> tuple[Any, Any]:
-    """Its modules that a server uses. Errors: `ConfigError` if it is not installed."""
+def modules(what: str = 'engine = "flower"') -> tuple[Any, Any]:
+    """flwr.app and flwr.serverapp, for what asks. Errors: `ConfigError` if flwr is not installed."""
     try:
         from flwr import app, serverapp
     except ImportError as error:
-        raise ConfigError(f"engine = \"flower\" needs flwr ({error}): pip install 'taciturn[flower]'") from error
+        raise ConfigError(f"{what} needs flwr ({error}): pip install 'taciturn[flower]'") from error
     return app, serverapp
 
 
 def content_of(letters: Sequence[Letter]) -> Any:
     """Letters -> the content of one message."""
-    app, _ = _flwr()
+    app, _ = modules()
     orders = app.ConfigRecord({"clients": [letter.client for letter in letters]})
     records: dict[str, Any] = {"orders": orders}
     for place, letter in enumerate(letters):
@@ -130,7 +130,7 @@ class FlowerLine:
 
     def _talk(self, told: dict[int, tuple[str, Any]], seconds: float) -> Iterator[tuple[int, Any]]:
         """Messages {node: (type, content)} -> (node, content) of each answer in time; a node that fails gives none."""
-        app, _ = _flwr()
+        app, _ = modules()
         end, pause = time.monotonic() + seconds, SHORTEST
         ttl = max(seconds, 1.0)
         messages = [
@@ -153,7 +153,7 @@ class FlowerLine:
 
 def server_app(serve: Serve) -> Any:
     """The server's app of a bundle: `serve` runs the rounds over a line."""
-    _, serverapp = _flwr()
+    _, serverapp = modules()
     server = serverapp.ServerApp()
 
     def main(grid: Any, context: Any) -> None:

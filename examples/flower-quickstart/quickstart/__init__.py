@@ -1,0 +1,1 @@
+"""Digits, an MLP, FedAvg."""
