@@ -112,7 +112,8 @@ def test_letters_round_trip_and_others_are_refused():
     assert flower.letters_of(flower.content_of(letters)) == letters
     content = flower.content_of(letters)
     content["frames-0"]["0001"].stype = "numpy.ndarray"
-    for bad in (content, {}, {"orders": {"clients": [1]}}):
+    strange = [{"orders": {"clients": [i], "order-0": "{}"}} for i in ("x", float("inf"), None)]
+    for bad in (content, {}, {"orders": {"clients": [1]}}, {"orders": {"clients": [1], "order-0": "["}}, *strange):
         with pytest.raises(WireError):
             flower.letters_of(bad)
 

@@ -175,9 +175,13 @@ class Sites:
         self._deadline = time.monotonic() + self._seconds
 
     def each(self, command: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """One letter to each client that has something to do, and their answers; None for a client that is not heard."""
+        """One letter to each client that has something to do, and their answers; None for a client that is not heard.
+
+        A look may take half of the time that is left of the round: who is silent in it must not cost the others the rest.
+        """
         asked = [self._asked(command, *call) for call in calls]
-        replies = self._exchange([letter for _, letter in asked if letter is not None], self._deadline)
+        end = (time.monotonic() + self._deadline) / 2 if command == "observe" else self._deadline
+        replies = self._exchange([letter for _, letter in asked if letter is not None], end)
         for talk, letter in asked:
             found = None if letter is None else self._read(command, letter, replies.get(letter.client), talk.kind)
             yield None if found is None else self._found(command, found, talk)
