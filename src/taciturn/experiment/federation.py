@@ -35,6 +35,7 @@ START = 90.0  # seconds for a server to listen
 AGAIN = 15.0  # seconds until a node that ended is started again: its lease of up to 60 s refuses it earlier
 CONNECTION = "taciturn"  # the name of the SuperLink in Flower's configuration
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+PROMPT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; Flower's own is 1, once for every message
 
 
 def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = ("localhost", "127.0.0.1")) -> None:
@@ -230,13 +231,18 @@ class Federation:
 
     def _submit(self, app: Path) -> str:
         found = re.search(r"(\d{6,})", self.command("run", str(app), CONNECTION))
-        self._asked = time.monotonic()
+        self._asked, self._serves = time.monotonic(), False
         return found.group(1) if found else ""
 
     def _over(self, number: str) -> bool:
-        """True if Flower says that the run has finished; asked every 30 seconds, for each question starts a process."""
-        if time.monotonic() - self._asked < 30.0 or not number:
+        """True if the server's process has come and gone, or if Flower says that the run has finished before there was one;
+        Flower is asked every 30 seconds, for each question starts a process.
+        """
+        if self.started("superlink", "flwr-serverapp"):
+            self._serves = True
             return False
+        if self._serves or time.monotonic() - self._asked < 30.0 or not number:
+            return self._serves
         self._asked = time.monotonic()
         return "finished" in self.command("ls", CONNECTION, "--run-id", number, check=False)
 
@@ -254,6 +260,14 @@ class Federation:
             raise RunError(f"flwr {' '.join(words)} failed: {(done.stdout + done.stderr).strip()[-600:]}")
         return done.stdout
 
+    def started(self, name: str, word: str) -> list[int]:
+        """What a process of the federation has started, and that in turn, where the command has the word."""
+        found = []
+        for pid in _descendants(self.processes[name].pid, _parents()):
+            with suppress(OSError):
+                found += [pid] if word in Path(f"/proc/{pid}/cmdline").read_text() else []
+        return found
+
     def stop(self) -> None:
         """End all processes that this federation has started."""
         if self.processes:
@@ -270,7 +284,7 @@ class Federation:
 
     def _environment(self, name: str) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return os.environ | QUIET | {"FLWR_HOME": str(self._home(name)), "PATH": path}
+        return PROMPT | os.environ | QUIET | {"FLWR_HOME": str(self._home(name)), "PATH": path}
 
     def _spawn(self, name: str, program: str, *words: str) -> None:
         with open(self.folder / "logs" / f"{name}.log", "ab") as log:
