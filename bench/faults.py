@@ -20,6 +20,7 @@ The two counts say nothing of the server's model: where state_equal fails they a
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -49,9 +50,9 @@ from taciturn.core.state import State, equal, load_state, row
 from taciturn.engines.site import fitted
 from taciturn.engines.sites import Sites
 from taciturn.experiment import deployed, federation
+from taciturn.experiment.deployed import Nowhere
 from taciturn.experiment.record import RunFolder, read_lines
-from taciturn.experiment.runner import prepare
-from taciturn.experiment.snapshot import server_of
+from taciturn.experiment.runner import prepare, restore
 from taciturn.round import ServerState, fed_round
 from taciturn.tasks.models import mlp
 from taciturn.tasks.spec import TaskSpec
@@ -96,11 +97,9 @@ def kept(mine: Experiment, out: Path, homes: Sequence[Path]) -> tuple[ServerStat
     """What a deployed run has in the end: the server of its last checkpoint, and of each client the record that this
     checkpoint accepts, read at its site. homes: state-dirs; client i is at homes[i mod K].
     """
-    found = RunFolder(out).load()
-    assert found is not None, "a run that has ended has a checkpoint"
-    state, meta = found
-    run = prepare(mine.replace(engine="flower"), sites=lambda work, rule: Sites(None, work, rule, "", ""))
-    run.engine.clients.recover(out, meta["round"])
+    run = prepare(mine.replace(engine="flower"), sites=lambda work, rule: Sites(Nowhere(), work, rule, "", ""))
+    with RunFolder(out) as folder:
+        restore(run, folder)
     own = []
     for i in range(len(run.task.train.sizes)):
         generation, fresh = int(run.engine.store.read(torch.tensor([i]))["generation"]), run.work.newcomer()
@@ -108,7 +107,7 @@ def kept(mine: Experiment, out: Path, homes: Sequence[Path]) -> tuple[ServerStat
             (path,) = homes[i % len(homes)].glob(f"*/client-{i:06d}/generation-{generation:06d}.safetensors")
             fresh = fitted(fresh, load_state(path)[0]["own"], str(path))
         own.append(fresh)
-    return server_of(state, meta), own
+    return run.server, own
 
 
 def account(mine: Experiment, out: Path, homes: Sequence[Path]) -> dict[str, Any]:
@@ -125,8 +124,8 @@ def account(mine: Experiment, out: Path, homes: Sequence[Path]) -> dict[str, Any
     return {
         "accepted": accepted,
         "left_out": left_out,
-        "lost_updates": sum(max(0.0, gap) for gap in gaps),
-        "double_counted": sum(max(0.0, -gap) for gap in gaps),
+        "lost_updates": sum(math.ceil(max(0.0, gap)) for gap in gaps),
+        "double_counted": sum(math.ceil(max(0.0, -gap)) for gap in gaps),
         "state_equal": all(same.values()),
         "differs": [name for name, is_equal in same.items() if not is_equal],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,14 +14,19 @@ from conftest import Net, make_federation, make_task
 from drive import drive
 from engines.fake_line import FakeLine, line_of, site_of, sites_of
 from taciturn import Experiment, Method, Task, codecs, methods, participation, precision, solvers, sync
+from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import AllClientsFailed, ConfigError, DataError, RunError, WireError
+from taciturn.core.state import stack
 from taciturn.core.types import BAD_UPDATE, LOST
 from taciturn.engines.letters import Letter, order_of, order_text, read
 from taciturn.engines.site import answer, fitted
 from taciturn.engines.sites import Sites
 from taciturn.experiment.allocation import facts_of
+from taciturn.experiment.deployed import readmit
 from taciturn.experiment.record import RunFolder
+from taciturn.experiment.runner import prepare, restore
+from taciturn.round import fed_round
 from taciturn.sync import thresholds
 from taciturn.wire.format import Frame, Schema, pack, pack_schema
 
@@ -290,6 +296,54 @@ def test_a_server_that_went_back_ends_in_the_same_bits(tmp_path, monkeypatch, me
         assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
     generations = sorted(path.name for path in (tmp_path / "site" / "run1" / "client-000003").glob("generation-*"))
     assert len(generations) <= 4, f"old ones are deleted: {generations}"
+
+
+ANEW = [FEDAVG, pytest.param(methods.fedalt(u=SGD, v=SGD, **HALF), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("method", ANEW)
+def test_a_client_whose_site_lost_its_disk_begins_anew(tmp_path, method):
+    """It is left out until it is readmitted, and then it is a newcomer: as if the simulated one were made one by hand."""
+    method, out = method.replace(participation=participation.all()), tmp_path / "run"
+    line = line_of(make_task(), method, tmp_path / "site")
+    told: list = []
+
+    def go(rounds):
+        told.append(sites_of(line, method))
+        taciturn.run(_experiment(method, rounds), out=out, resume=rounds > 2, sites=lambda *_: told[-1])
+
+    go(2)
+    shutil.rmtree(tmp_path / "site" / "run1" / "client-000003")
+    go(4)
+    assert "client 3 kept is gone" in told[-1].silent[3] and "generation-000002" in told[-1].silent[3]
+    with pytest.raises(DataError, match="there is no client 'x'"):
+        readmit(_experiment(method, 4), out, "x")
+    assert readmit(_experiment(method, 4), out, "site-3") == 4
+    go(6)
+    assert not told[-1].silent
+
+    state = prepare(_experiment(method, 6).replace(engine="loopback"), lose=lambda r, i: i == 3 and r in (2, 3))
+    engine, ids, three = state.engine, torch.arange(8), torch.tensor([3])
+    for r in range(6):
+        if r == 4:
+            fresh = state.work.newcomer(), state.work.memory()[1], {"version": torch.tensor(-1), "met": torch.tensor(0)}
+            for table, record in zip((engine.store, engine._receivers, engine.post._known), fresh, strict=True):
+                table.write(three, stack([record]))
+        key = random.fold(state.key, "round", r)
+        sizes = state.task.train.sizes
+        state.server, _ = fed_round(state.server, ids, sizes, method, engine, state.work.split, key)
+    found = prepare(_experiment(method, 6), sites=lambda work, rule: told[-1])
+    with RunFolder(out) as folder:
+        restore(found, folder)
+    assert torch.equal(found.server.x, state.server.x)
+
+
+@pytest.mark.parametrize("method", [FEDAPM, methods.scaffold(**HALF)])
+def test_a_client_in_a_mean_of_the_server_cannot_begin_anew(tmp_path, method):
+    line = line_of(make_task(), method, tmp_path / "site")
+    taciturn.run(_experiment(method, 1), out=tmp_path / "run", sites=lambda *_: sites_of(line, method))
+    with pytest.raises(ConfigError, match="has a part that only its site knew"):
+        readmit(_experiment(method, 1), tmp_path / "run", "site-3")
 
 
 def test_personal_models_stay_at_their_sites(tmp_path):
