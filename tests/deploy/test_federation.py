@@ -195,9 +195,27 @@ def test_a_node_that_is_killed_costs_at_most_its_round(tmp_path, victim):
 # --------------------------------------------------------------------------------------------------- keys and folders
 
 
+def certified(path: Path) -> list[str]:
+    from cryptography import x509
+
+    made = x509.load_pem_x509_certificate(path.read_bytes())
+    found = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
+
+
+def test_a_key_that_a_site_has_made_stays_there(tmp_path):
+    pytest.importorskip("cryptography", reason="cryptography comes with taciturn[flower]")
+    (tmp_path / "node-0.pub").write_text("ecdsa-sha2-nistp384 AAAA site A")
+    federation.make_keys(tmp_path, 2)
+    assert (tmp_path / "node-0.pub").read_text().endswith("site A") and not (tmp_path / "node-0").exists()
+    assert (tmp_path / "node-1").exists()
+
+
 def test_keys_are_made_once_and_are_the_owners(tmp_path):
     pytest.importorskip("cryptography", reason="cryptography comes with taciturn[flower]")
     federation.make_keys(tmp_path, 2, ("server.example", "10.0.0.7"))
+    names = certified(tmp_path / "server.crt")
+    assert names == ["server.example", "localhost", "10.0.0.7", "127.0.0.1"], "a SuperLink talks to itself at 127.0.0.1"
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"ca.crt", "server.crt", "server.key", "node-0", "node-0.pub", "node-1", "node-1.pub"}
     for name in ("server.key", "node-0", "node-1"):

@@ -30,19 +30,22 @@ def init(
     hosts: Annotated[
         str, typer.Option(help="names and addresses of the server, for its certificate")
     ] = "localhost,127.0.0.1",
+    port: Annotated[int, typer.Option(help="of the server")] = 8000,
     rounds: Annotated[int | None, typer.Option(help="rounds in all")] = None,
     settings: Settings = None,
     data: Data = "",
 ) -> None:
-    """Write the Flower app with the experiment's TOML, a certificate for the server and a key for each site."""
+    """Write the Flower app with the experiment's TOML, a certificate for the server, a key for each site that has sent
+    none (keys/node-K.pub), and how `flwr` reaches the server.
+    """
     experiment = experiment_of(source, settings, data, rounds=rounds)
     deployed.check_deployable(experiment, nodes)
     place = place.resolve()
     federation.make_keys(place / "keys", nodes, hosts.split(","))
+    federation.connect(place / "home", f"{hosts.split(',')[0]}:{port}", place / "keys")
     deployed.bundle(experiment, place / "app", **{"out": str(place / "run"), "min-available-nodes": nodes})
-    out.print(
-        escape(f"{place / 'app'}: what is run; {place / 'keys'}: node-K to site K only, ca.crt to all"), soft_wrap=True
-    )
+    keys = f"{place / 'keys'}: node-K to site K only, ca.crt to all"
+    out.print(escape(f"{place / 'app'}: what is run; {keys}; {place / 'home'}: for FLWR_HOME"), soft_wrap=True)
 
 
 @sites.command()

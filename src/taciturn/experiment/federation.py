@@ -41,6 +41,7 @@ PROMPT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; Flower's own i
 def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = ("localhost", "127.0.0.1")) -> None:
     """What is missing of a CA, a server certificate for these hosts, and an EC P-384 key pair for each node.
 
+    The certificate is for this machine's own names too: a SuperLink's processes talk to it there, with the same check.
     The CA's own key is not kept: new hosts need a new CA. Errors: `ConfigError` without the package cryptography.
     """
     try:
@@ -66,7 +67,8 @@ def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = ("localhost", "12
             return made.sign(ca, hashes.SHA256()).public_bytes(pem)
 
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])])
-        places: list[Any] = [x509.IPAddress(ipaddress.ip_address(h)) if _is_ip(h) else x509.DNSName(h) for h in hosts]
+        everywhere = dict.fromkeys([*hosts, "localhost", "127.0.0.1"])
+        places: list[Any] = [x509.IPAddress(ipaddress.ip_address(h)) if _is_ip(h) else x509.DNSName(h) for h in everywhere]
         _secret(folder / "server.key", server.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
         write_atomic(folder / "ca.crt", [certificate(issuer, ca, True, None)])
         write_atomic(folder / "server.crt", [certificate(subject, server, False, x509.SubjectAlternativeName(places))])
@@ -76,6 +78,13 @@ def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = ("localhost", "12
             _secret(folder / f"node-{number}", key.private_bytes(pem, serialization.PrivateFormat.OpenSSH, plain))
             text = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
             write_atomic(folder / f"node-{number}.pub", [text + b"\n"])
+
+
+def connect(home: Path, address: str, keys: Path) -> None:
+    """Write the connection of `flwr run` and `flwr supernode` to a SuperLink at HOST:PORT; home: for $FLWR_HOME."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{address}"\n'
+    write_atomic(home / "config.toml", [f'{text}root-certificates = "{keys / "ca.crt"}"\n'.encode()])
 
 
 def _is_ip(host: str) -> bool:
@@ -142,11 +151,7 @@ class Federation:
             raise RunError(f"{self.folder}: a federation is up; end it with `taciturn deploy down {self.folder}`")
         make_keys(self.keys, self.nodes)
         (self.folder / "logs").mkdir(exist_ok=True)
-        home = self._home("user")
-        connection = (
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self.port}"\n'
-        )
-        write_atomic(home / "config.toml", [f'{connection}root-certificates = "{self.keys / "ca.crt"}"\n'.encode()])
+        connect(self._home("user"), f"127.0.0.1:{self.port}", self.keys)
         self.link()
         for number in range(self.nodes):
             self.command("supernode", "register", str(self.keys / f"node-{number}.pub"), CONNECTION)
