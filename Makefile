@@ -37,7 +37,7 @@ check: $(READY)  ## format, lint, types, examples in the docs
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 bench: $(READY)  ## every figure of bench/RESULTS.md
-	for name in fedopt fda fda_rules sketch lora finetune fedapm fedapm_where fedhq lean flower engine scale peers codecs packing fleet fuzz_wire least_squares advisor report privacy; do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in fedopt fda fda_rules sketch lora finetune fedapm fedapm_where fedhq lean flower faults engine scale peers codecs packing fleet fuzz_wire least_squares advisor report privacy; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:  ## remove what make made
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,15 +9,18 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from bench.flower import secure
 
 import taciturn
-from taciturn import Method, codecs, data, methods, participation, solvers, sync
+from taciturn import Method, codecs, data, methods, participation, partition, precision, solvers, sync
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, RunError
 from taciturn.experiment import deployed, federation
@@ -42,9 +45,9 @@ def experiment(method, rounds) -> Experiment:
 class Deployed:
     """An experiment in a federation, and where it runs."""
 
-    def __init__(self, held, mine: Experiment, place: Path, deadline: float = 300.0) -> None:
+    def __init__(self, held, mine: Experiment, place: Path, deadline: float = 300.0, nodes: int = 2) -> None:
         self.held, self.mine, self.out = held, mine, place / "run"
-        told = {"out": str(self.out), "deadline": deadline, "min-available-nodes": 2}
+        told = {"out": str(self.out), "deadline": deadline, "min-available-nodes": nodes}
         self.app, self.said = deployed.bundle(mine, place / "app", **told), []
 
     def run(self, say=lambda line: None) -> taciturn.Result:
@@ -61,42 +64,81 @@ class Deployed:
         assert [one["traffic"] for one in flown.history] == [one["traffic"] for one in wired.history]
 
 
-def processes_of(leader: int, word: str) -> list[int]:
-    """What a process has started, and that in turn, where the command has the word."""
-    parents, words = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            words[int(folder.name)] = (folder / "cmdline").read_text()
-        except OSError:
-            continue
-    found = [leader]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return [pid for pid in found[1:] if word in words[pid]]
-
-
-RUNS = [
-    pytest.param(Method(solver=SGD, **ALL), 1, id="fedavg"),
-    pytest.param(FDA, 2, id="fda", marks=pytest.mark.deploy),
-    pytest.param(FEDAPM, 2, id="fedapm", marks=pytest.mark.deploy),
-]
+def no_key_is_told(held) -> None:
+    """No line of a private key is in a log, or in what Flower keeps beside it."""
+    private = [path for path in held.keys.iterdir() if stat.S_IMODE(path.stat().st_mode) == 0o600]
+    secrets = [line for path in private for line in path.read_bytes().splitlines() if b"-----" not in line]
+    places = [path for name in ("logs", "home-*", "node-*") for path in held.folder.glob(f"{name}/**/*") if path.is_file()]
+    assert len(private) >= 2 and len(secrets) >= 6 and places
+    for path in places:
+        text = path.read_bytes()
+        assert not any(secret in text for secret in secrets), f"{path} tells a private key"
 
 
 @needs_flwr
-@pytest.mark.parametrize(("method", "rounds"), RUNS)
-def test_deployed_is_simulated(tmp_path, method, rounds):
-    with federation.Federation(tmp_path / "f") as held:
-        one = Deployed(held, experiment(method, rounds), tmp_path)
+def test_a_round_over_processes_is_the_simulated_one(tmp_path):
+    """One node that has both clients, one round, nothing measured: what `make test` can spare."""
+    with federation.Federation(tmp_path / "f", nodes=1) as held:
+        mine = experiment(Method(solver=SGD, **ALL), 1).replace(evaluate_on="validation")
+        one = Deployed(held, mine, tmp_path, nodes=1)
         one.run()
-        one.is_simulated()
-        assert set(federation.alive(tmp_path / "f")) == {"superlink", "node-0", "node-1", "desk-0", "desk-1"}
+        assert set(federation.alive(tmp_path / "f")) == {"superlink", "node-0", "desk-0"}
         with pytest.raises(RunError, match="a federation is up"):
             federation.Federation(tmp_path / "f").start()
+    one.is_simulated()
     assert not federation.alive(tmp_path / "f")
-    secret = (tmp_path / "f" / "keys" / "node-0").read_text().splitlines()[1]
-    for log in (tmp_path / "f" / "logs").iterdir():
-        assert secret not in log.read_text(errors="replace"), "no key is in a log"
+    no_key_is_told(held)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One federation for all methods; afterwards none of its logs tells a key."""
+    with federation.Federation(tmp_path_factory.mktemp("shared") / "f") as held:
+        yield held
+    no_key_is_told(held)
+
+
+METHODS = {
+    "fedavg": Method(solver=SGD, **ALL),
+    "fda": FDA,
+    "lora": Method(solver=SGD, partition=partition.lora(rank=2), **ALL),
+    "fedapm": FEDAPM,
+    "quantized": Method(solver=SGD, codec=codecs.error_feedback(codecs.quantize4()), broadcast=CHANGE, **ALL),
+    "precision": Method(solver=SGD, codec=codecs.quantize4(), precision=precision.fixed(("qat4", "ptq2")), **ALL),
+}
+
+
+@needs_flwr
+@pytest.mark.deploy
+@pytest.mark.parametrize("name", METHODS)
+def test_deployed_is_simulated(shared, tmp_path, name):
+    one = Deployed(shared, experiment(METHODS[name], 2), tmp_path)
+    one.run()
+    one.is_simulated()
+    carried = json.loads((one.out / "carried.json").read_text())
+    assert carried["nodes"] == 2 and not carried["broken"]
+
+
+@needs_flwr
+@pytest.mark.deploy
+def test_plain_text_and_strangers_are_refused(shared):
+    """Plain HTTP gets no answer, a node without TLS or without a registered key ends with an error."""
+    assert secure(shared) == {"tls": True, "authentication": True}
+    program = Path(sys.executable).with_name("flower-supernode")
+    words = [
+        program,
+        "--superlink",
+        f"127.0.0.1:{shared.port}",
+        "--port",
+        "0",
+        "--max-retries",
+        "1",
+        "--max-wait-time",
+        "5",
+    ]
+    for how in (["--insecure"], ["--insecure", "--auth-supernode-private-key", str(shared.keys / "node-0")]):
+        told = subprocess.run([*words, *how], capture_output=True, timeout=120, check=False)
+        assert told.returncode != 0, told
 
 
 @needs_flwr
@@ -110,7 +152,7 @@ def test_a_server_that_is_killed_goes_on_in_the_same_bits(tmp_path, victim):
             if not began:
                 began.append(line)
                 leader = held.processes["superlink"].pid
-                for pid in [leader] if victim == "superlink" else processes_of(leader, "flwr-serverapp"):
+                for pid in [leader] if victim == "superlink" else held.started("superlink", "flwr-serverapp"):
                     os.kill(pid, signal.SIGKILL)
 
         with pytest.raises(RunError, match="the run ended without a result"):
@@ -135,7 +177,7 @@ def test_a_node_that_is_killed_costs_at_most_its_round(tmp_path, victim):
             began.append(line)
             leader, end = held.processes["node-1"].pid, time.monotonic() + 60
             pids = [held.processes["desk-1"].pid] if victim == "desk" else [leader]
-            while victim == "clientapp" and not (pids := processes_of(leader, "flwr-clientapp")):
+            while victim == "clientapp" and not (pids := held.started("node-1", "flwr-clientapp")):
                 assert time.monotonic() < end
                 time.sleep(0.02)
             for pid in pids:
@@ -153,9 +195,27 @@ def test_a_node_that_is_killed_costs_at_most_its_round(tmp_path, victim):
 # --------------------------------------------------------------------------------------------------- keys and folders
 
 
+def certified(path: Path) -> list[str]:
+    from cryptography import x509
+
+    made = x509.load_pem_x509_certificate(path.read_bytes())
+    found = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
+
+
+def test_a_key_that_a_site_has_made_stays_there(tmp_path):
+    pytest.importorskip("cryptography", reason="cryptography comes with taciturn[flower]")
+    (tmp_path / "node-0.pub").write_text("ecdsa-sha2-nistp384 AAAA site A")
+    federation.make_keys(tmp_path, 2)
+    assert (tmp_path / "node-0.pub").read_text().endswith("site A") and not (tmp_path / "node-0").exists()
+    assert (tmp_path / "node-1").exists()
+
+
 def test_keys_are_made_once_and_are_the_owners(tmp_path):
     pytest.importorskip("cryptography", reason="cryptography comes with taciturn[flower]")
     federation.make_keys(tmp_path, 2, ("server.example", "10.0.0.7"))
+    names = certified(tmp_path / "server.crt")
+    assert names == ["server.example", "localhost", "10.0.0.7", "127.0.0.1"], "a SuperLink talks to itself at 127.0.0.1"
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {"ca.crt", "server.crt", "server.key", "node-0", "node-0.pub", "node-1", "node-1.pub"}
     for name in ("server.key", "node-0", "node-1"):

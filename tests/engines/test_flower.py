@@ -14,6 +14,7 @@ import torch
 import taciturn
 from engines.fake_flwr import Grid, Message, modules
 from taciturn import Method, data, participation, solvers
+from taciturn.cli.common import experiment_of
 from taciturn.core.errors import ConfigError, RunError, WireError
 from taciturn.engines import flower
 from taciturn.engines.letters import Letter
@@ -80,6 +81,8 @@ def test_a_bundle_run_over_a_grid_is_the_simulated_run(tmp_path, desks):
     longer = taciturn.run(mine.replace(rounds=3))
     again = taciturn.load(tmp_path / "run")
     assert all(torch.equal(again.tensors[name], t) for name, t in longer.tensors.items()), "it went on"
+    kept = experiment_of(str(tmp_path / "run" / "config.toml"), None, "")
+    assert deployed.readmit(kept, tmp_path / "run", "client-001") == 3
 
 
 def test_a_node_that_fails_or_lies_or_is_silent(tmp_path):
@@ -112,7 +115,8 @@ def test_letters_round_trip_and_others_are_refused():
     assert flower.letters_of(flower.content_of(letters)) == letters
     content = flower.content_of(letters)
     content["frames-0"]["0001"].stype = "numpy.ndarray"
-    for bad in (content, {}, {"orders": {"clients": [1]}}):
+    strange = [{"orders": {"clients": [i], "order-0": "{}"}} for i in ("x", float("inf"), None)]
+    for bad in (content, {}, {"orders": {"clients": [1]}}, {"orders": {"clients": [1], "order-0": "["}}, *strange):
         with pytest.raises(WireError):
             flower.letters_of(bad)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +14,19 @@ from conftest import Net, make_federation, make_task
 from drive import drive
 from engines.fake_line import FakeLine, line_of, site_of, sites_of
 from taciturn import Experiment, Method, Task, codecs, methods, participation, precision, solvers, sync
+from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import AllClientsFailed, ConfigError, DataError, RunError, WireError
+from taciturn.core.state import stack
 from taciturn.core.types import BAD_UPDATE, LOST
 from taciturn.engines.letters import Letter, order_of, order_text, read
-from taciturn.engines.site import fitted
+from taciturn.engines.site import answer, fitted
 from taciturn.engines.sites import Sites
 from taciturn.experiment.allocation import facts_of
+from taciturn.experiment.deployed import readmit
 from taciturn.experiment.record import RunFolder
+from taciturn.experiment.runner import prepare, restore
+from taciturn.round import fed_round
 from taciturn.sync import thresholds
 from taciturn.wire.format import Frame, Schema, pack, pack_schema
 
@@ -72,9 +79,11 @@ def test_a_second_answer_and_a_second_letter_change_nothing(tmp_path):
     def spoil(direction, letter):
         if direction == "down":
             return [letter, letter]  # the site refuses the second
-        late = first.get(letter.client)
+        late = [first[letter.client]] if letter.client in first else []  # an answer to an older letter first
         first[letter.client] = letter
-        return [letter, letter] if late is None else [late, letter, letter]  # an answer to an older letter first
+        former = replace(letter, order=letter.order | {"session": letter.order["session"] - 1})  # of a server before this
+        others = [replace(letter, client=i) for i in (-1, 8, 99)]  # never asked
+        return [*late, former, *others, letter, letter]
 
     server, _, stats, traffic, _ = flown(tmp_path, FEDAPM, spoil)
     wired = drive(make_task(), FEDAPM, "loopback", rounds=5)
@@ -136,6 +145,68 @@ def _round_of(letter: Letter) -> int:
     """The round of an update; -1 for other messages."""
     data = letter.frames[-1]
     return int.from_bytes(data[8:12], "little") if len(data) > 12 and data[3] == 3 else -1
+
+
+REFUSED = {
+    "edition": ({"edition": 1}, "the server has edition 1"),
+    "experiment": ({"fingerprint": "another"}, "the same TOML"),
+    "done": ({}, "is no news"),
+    "older": ({"number": 0}, "is no news"),
+    "former server": ({"session": 5, "number": 1 << 40}, "is no news"),
+    "command": ({"command": "erase", "number": 1 << 40}, "there is no command 'erase'"),
+    "no command": ({"command": None, "number": 1 << 40}, "there is no command None"),
+    "run": ({"run": "../run", "number": 1 << 40}, "named by letters and digits"),
+    "round": ({"round": 7, "number": 1 << 40}, "not for client 2 in round 7"),
+    "no number": ({"number": "many"}, "ValueError"),
+    "client": (99, "client 99 is not at this site"),
+    "stranger": (-1, "client -1 is not at this site"),
+    "flipped": (_flipped, "the checksum"),
+    "cut": (lambda letter: replace(letter, frames=(letter.frames[0][:-1],)), ""),
+    "noise": (lambda letter: replace(letter, frames=(b"", b"\x80" * 99)), ""),
+    "no model": (lambda letter: replace(letter, frames=()), "begins with no model"),
+}
+
+
+def test_a_site_refuses_what_is_not_for_it_and_keeps_what_it_had(tmp_path):
+    method = Method(solver=SGD, participation=participation.all(), batch_size=8)
+    *_, sites = flown(tmp_path, method, lambda way, letter: [letter], rounds=2)
+    line = sites._line
+    *_, last = (letter for way, letter in line.log if way == "down" and letter.client == 2 and collects(letter))
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("generation-*")}
+    for place, (name, (how, why)) in enumerate(REFUSED.items()):
+        bad, next_session = last, {"session": last.order["session"] + 1, "number": place}
+        if isinstance(how, int):
+            bad = replace(last, client=how)
+        elif isinstance(how, dict):
+            bad = replace(last, order=last.order | how)
+        else:
+            bad = how(replace(last, order=last.order | next_session))
+        reply = answer(line.site, bad)
+        assert why in reply.order["error"] and not reply.frames, (name, reply.order)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("generation-*")} == kept, name
+
+
+def test_who_is_silent_in_a_look_does_not_cost_the_others_the_round(tmp_path, monkeypatch):
+    """The line waits for who does not answer, to the end of the time that it is given."""
+    clock = [0.0]
+    monkeypatch.setattr("taciturn.engines.sites.time", SimpleNamespace(monotonic=lambda: clock[0], time=lambda: 1.0))
+    method = FDA.replace(sync=sync.fda(theta=thresholds.fixed(1e9), max_blocks=3), participation=participation.all())
+    task = make_task()
+    line = line_of(task, method, tmp_path)
+    exchange, waits = line.exchange, []
+
+    def slow(letters, seconds):
+        waits.append(seconds)
+        silent = [letter for letter in letters if letter.client in (3, 4) and letter.order["number"] > letter.client]
+        answers = exchange([letter for letter in letters if letter not in silent], seconds)
+        yield from answers if seconds >= 1.0 else ()
+        clock[0] += seconds if silent else min(seconds, 1.0)
+
+    monkeypatch.setattr(line, "exchange", slow)
+    sites = sites_of(line, method, seconds=60.0)
+    _, _, (stats, *_), _ = drive(task, method, "flower", rounds=1, sites=lambda *_: sites)
+    assert stats.left_out == {3: "no answer", 4: "no answer"}, sites.silent
+    assert clock[0] <= 1 + 60 and waits[0] == 60 and waits[-1] > 1
 
 
 def test_a_client_lost_in_mid_round_does_not_stop_the_looks(tmp_path):
@@ -225,6 +296,54 @@ def test_a_server_that_went_back_ends_in_the_same_bits(tmp_path, monkeypatch, me
         assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
     generations = sorted(path.name for path in (tmp_path / "site" / "run1" / "client-000003").glob("generation-*"))
     assert len(generations) <= 4, f"old ones are deleted: {generations}"
+
+
+ANEW = [FEDAVG, pytest.param(methods.fedalt(u=SGD, v=SGD, **HALF), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("method", ANEW)
+def test_a_client_whose_site_lost_its_disk_begins_anew(tmp_path, method):
+    """It is left out until it is readmitted, and then it is a newcomer: as if the simulated one were made one by hand."""
+    method, out = method.replace(participation=participation.all()), tmp_path / "run"
+    line = line_of(make_task(), method, tmp_path / "site")
+    told: list = []
+
+    def go(rounds):
+        told.append(sites_of(line, method))
+        taciturn.run(_experiment(method, rounds), out=out, resume=rounds > 1, sites=lambda *_: told[-1])
+
+    go(1)
+    shutil.rmtree(tmp_path / "site" / "run1" / "client-000003")
+    go(2)
+    assert "client 3 kept is gone" in told[-1].silent[3] and "generation-000001" in told[-1].silent[3]
+    with pytest.raises(DataError, match="there is no client 'x'"):
+        readmit(_experiment(method, 2), out, "x")
+    assert readmit(_experiment(method, 2), out, "site-3") == 2
+    go(4)
+    assert not told[-1].silent
+
+    state = prepare(_experiment(method, 4).replace(engine="loopback"), lose=lambda r, i: (r, i) == (1, 3))
+    engine, ids, three = state.engine, torch.arange(8), torch.tensor([3])
+    for r in range(4):
+        if r == 2:
+            fresh = state.work.newcomer(), state.work.memory()[1], {"version": torch.tensor(-1), "met": torch.tensor(0)}
+            for table, record in zip((engine.store, engine._receivers, engine.post._known), fresh, strict=True):
+                table.write(three, stack([record]))
+        key = random.fold(state.key, "round", r)
+        sizes = state.task.train.sizes
+        state.server, _ = fed_round(state.server, ids, sizes, method, engine, state.work.split, key)
+    found = prepare(_experiment(method, 4), sites=lambda work, rule: told[-1])
+    with RunFolder(out) as folder:
+        restore(found, folder)
+    assert torch.equal(found.server.x, state.server.x)
+
+
+@pytest.mark.parametrize("method", [FEDAPM, methods.scaffold(**HALF)])
+def test_a_client_in_a_mean_of_the_server_cannot_begin_anew(tmp_path, method):
+    line = line_of(make_task(), method, tmp_path / "site")
+    taciturn.run(_experiment(method, 1), out=tmp_path / "run", sites=lambda *_: sites_of(line, method))
+    with pytest.raises(ConfigError, match="has a part that only its site knew"):
+        readmit(_experiment(method, 1), tmp_path / "run", "site-3")
 
 
 def test_personal_models_stay_at_their_sites(tmp_path):

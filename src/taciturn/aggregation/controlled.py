@@ -29,6 +29,7 @@ class controlled:
     """
 
     linear: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
     lr: float = 1.0
 
     def __post_init__(self) -> None:

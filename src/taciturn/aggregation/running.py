@@ -32,6 +32,7 @@ class running:
     """
 
     linear: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
     alpha: float = 1.0
     update: Literal["unbiased", "memory", "point"] = "memory"
     weights: Weights = "clients"

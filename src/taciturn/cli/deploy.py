@@ -1,4 +1,4 @@
-"""taciturn deploy init | up | status | desk | down."""
+"""taciturn deploy init | up | status | desk | readmit | down."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from taciturn.experiment.recipes import check_data
 from taciturn.experiment.record import read_lines
 from taciturn.experiment.result import load
 
-sites = typer.Typer(no_args_is_help=True, help="Run an experiment over Flower: init | up | status | down.")
+sites = typer.Typer(no_args_is_help=True, help="Run an experiment over Flower: init | up | status | readmit | down.")
 
 Recipe = Annotated[str, typer.Option("--recipe", help="a recipe (taciturn ls) or a TOML file")]
 Place = Annotated[Path, typer.Argument(help="folder of the federation")]
@@ -30,19 +30,22 @@ def init(
     hosts: Annotated[
         str, typer.Option(help="names and addresses of the server, for its certificate")
     ] = "localhost,127.0.0.1",
+    port: Annotated[int, typer.Option(help="of the server")] = 8000,
     rounds: Annotated[int | None, typer.Option(help="rounds in all")] = None,
     settings: Settings = None,
     data: Data = "",
 ) -> None:
-    """Write the Flower app with the experiment's TOML, a certificate for the server and a key for each site."""
+    """Write the Flower app with the experiment's TOML, a certificate for the server, a key for each site that has sent
+    none (keys/node-K.pub), and how `flwr` reaches the server.
+    """
     experiment = experiment_of(source, settings, data, rounds=rounds)
     deployed.check_deployable(experiment, nodes)
     place = place.resolve()
     federation.make_keys(place / "keys", nodes, hosts.split(","))
+    federation.connect(place / "home", f"{hosts.split(',')[0]}:{port}", place / "keys")
     deployed.bundle(experiment, place / "app", **{"out": str(place / "run"), "min-available-nodes": nodes})
-    out.print(
-        escape(f"{place / 'app'}: what is run; {place / 'keys'}: node-K to site K only, ca.crt to all"), soft_wrap=True
-    )
+    keys = f"{place / 'keys'}: node-K to site K only, ca.crt to all"
+    out.print(escape(f"{place / 'app'}: what is run; {keys}; {place / 'home'}: for FLWR_HOME"), soft_wrap=True)
 
 
 @sites.command()
@@ -85,6 +88,17 @@ def status(place: Place = Path("deploy")) -> None:
 def desk(state: Annotated[Path, typer.Argument(help="the node's state-dir")]) -> None:
     """Keep a node's experiment loaded, so that its answers need not wait for torch to be imported; until it is ended."""
     serve_desk(state, deployed.at_node)
+
+
+@sites.command()
+def readmit(
+    run: Annotated[Path, typer.Argument(help="the server's run folder; its run must not be going on")],
+    client: Annotated[str, typer.Argument(help="the client whose site lost its disk, as the record names it")],
+    data: Data = "",
+) -> None:
+    """Let a client begin anew whose site lost what it kept; then submit the run again."""
+    done = deployed.readmit(experiment_of(str(run / "config.toml"), None, data), run, client)
+    out.print(escape(f"{client} begins anew in round {done + 1}; submit the run again"), soft_wrap=True)
 
 
 @sites.command()

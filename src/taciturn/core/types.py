@@ -262,9 +262,9 @@ class SyncRule(Protocol):
 
 
 class Aggregator(Protocol):
-    """Many -> one. `linear`: a weighted sum of updates is enough, so blocks may arrive already summed. One whose changes
-    have `merges` has `merges = True`; one that knows blocks of several kinds has `kinds = True`.
-    """
+    """Many -> one. `linear`: a weighted sum of updates is enough, so blocks may arrive already summed. An aggregator says
+    of itself `merges = True` if its changes have them; `kinds`: it knows blocks of several; `remembers`: it keeps the mean
+    of what clients keep, so that none of them can begin anew."""
 
     @property
     def linear(self) -> bool: ...

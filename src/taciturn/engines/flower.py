@@ -58,7 +58,7 @@ def letters_of(content: Any) -> list[Letter]:
                 raise WireError("frames of another kind than ours")
             frames = tuple(bytes(record[name].data) for name in sorted(record))
             letters.append(Letter(int(i), order_of(orders[f"order-{place}"]), frames))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise WireError(f"a message without letters: {error}") from error
     return letters
 
@@ -100,7 +100,7 @@ class FlowerLine:
             try:
                 here = content["node"]
                 which, of = int(here["partition-id"]), int(here["num-partitions"])
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 self.broken.append(f"node {node} says nothing of its partition: {error}")
                 continue
             if 0 <= which < of:

@@ -149,6 +149,11 @@ class Rows:
         self._dirty = True
         self._rows[ids] = rows
 
+    def renew(self, ids: Ids) -> None:
+        """These clients are newcomers again; `before` is not told, so nothing puts the old rows back."""
+        if self.width:
+            self.put(ids, np.zeros(len(ids), dtype=f"V{self.width}"))
+
     def _reserve(self, ids: Ids) -> None:
         """Disk for rows that have none yet: on a full disk this is an error, writing to the map would be a signal."""
         new = ids[self._flags[ids] == 0]

@@ -140,6 +140,10 @@ class _Desk:
             if mine <= (seen := json.loads(path.read_bytes())):
                 raise WireError(f"letter {mine} is no news: {seen} was done")
         write_atomic(path, [json.dumps(mine).encode()])
+        if (kept := int(self.order["copy"])) and not self._path(kept).exists():
+            raise RunError(
+                f"what client {self.i} kept is gone: {self._path(kept)} is missing; to begin anew: taciturn deploy readmit"
+            )
 
     def _path(self, generation: int) -> Path:
         return self.folder / f"generation-{generation:06d}.safetensors"

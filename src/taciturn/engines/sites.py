@@ -200,10 +200,14 @@ class Sites:
             self._looks.append((total, steps, max(0.0, seconds - max(busy.values()))))
 
     def each(self, command: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """One letter to each client that has something to do, and their answers; None for a client that is not heard."""
+        """One letter to each client that has something to do, and their answers; None for a client that is not heard.
+
+        A look may take half of the time that is left of the round: who is silent in it must not cost the others the rest.
+        """
         asked = [self._asked(command, *call) for call in calls]
         began = time.monotonic()
-        replies = self._exchange([letter for _, letter in asked if letter is not None], self._deadline)
+        end = (began + self._deadline) / 2 if command == "observe" else self._deadline
+        replies = self._exchange([letter for _, letter in asked if letter is not None], end)
         if command == "observe":
             self._clocked(time.monotonic() - began, [talk for talk, _ in asked if talk.client in replies], replies)
         for talk, letter in asked:

@@ -103,6 +103,12 @@ class ClientStore:
             sync_folder(folder)
         self._folder, self._round = folder, round
 
+    def renew(self, ids: Tensor) -> None:
+        """Make these clients newcomers, in all tables, at the checkpoint that was recovered."""
+        for table in self._tables:
+            table.renew(ids.cpu().numpy())
+        self.flush()
+
     def flush(self) -> None:
         """See all rows to the disk: before the checkpoint is written."""
         for table in self._tables:

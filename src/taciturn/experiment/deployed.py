@@ -21,7 +21,7 @@ import torch
 
 from taciturn.client import Work
 from taciturn.core import random
-from taciturn.core.errors import ConfigError, require
+from taciturn.core.errors import ConfigError, DataError, require
 from taciturn.core.state import write_atomic
 from taciturn.core.types import SyncRule
 from taciturn.engines import flower
@@ -32,7 +32,7 @@ from taciturn.experiment.allocation import facts_of
 from taciturn.experiment.config import from_table, read_toml, set_path, to_table, to_toml
 from taciturn.experiment.experiment import DTYPES, Experiment
 from taciturn.experiment.record import RunFolder
-from taciturn.experiment.runner import MAY_DIFFER, run
+from taciturn.experiment.runner import MAY_DIFFER, prepare, restore, run
 
 TOML = "experiment.toml"
 SETTINGS: dict[str, Any] = {"out": "run", "deadline": SECONDS, "min-available-nodes": 2}
@@ -163,6 +163,41 @@ def in_process(app: Path, node: dict[str, Any], letters: Sequence[tuple[int, str
     told = {"app": str(app), "node": node}
     found = (at_node(told, Letter(i, order_of(text), tuple(frames))) for i, text, frames in letters)
     return [(letter.client, order_text(letter.order), list(letter.frames)) for letter in found]
+
+
+def readmit(experiment: Experiment, out: Path, name: str) -> int:
+    """A client of a run that stands still begins anew, for its site lost what it kept -> the round that is done.
+
+    For the server it is from now on a client that was never drawn: the site is sent the whole model and begins with a fresh
+    head, memory and optimizer, as a newcomer. Nothing that it sent counts again. Errors: `DataError` for a name;
+    `ConfigError` where the server keeps a mean of what clients keep: the lost part could neither be taken out nor kept.
+    """
+    with RunFolder(out) as folder:
+        if getattr(experiment.method.aggregator, "remembers", False):
+            raise ConfigError(
+                f"{experiment.name}: the server keeps a mean of what clients keep (aggregator "
+                f"{type(experiment.method.aggregator).__name__}), in which {name} has a part that only its site knew; it "
+                "cannot begin anew in this run. Leave it out, or begin a new run"
+            )
+        state = prepare(experiment, folder.header(), sites=lambda work, rule: Sites(Nowhere(), work, rule, "", ""))
+        names = list(state.task.train.names)
+        if name not in names:
+            raise DataError(f"there is no client {name!r}; clients are {', '.join(names[:8])}")
+        restore(state, folder)
+        state.engine.clients.renew(torch.tensor([names.index(name)]))
+        return state.server.round
+
+
+class Nowhere:
+    """A line to no site, for who looks at a run and does not go on with it."""
+
+    def there(self) -> Sequence[int]:
+        """Nobody."""
+        return ()
+
+    def exchange(self, letters: Sequence[Letter], seconds: float) -> Sequence[Letter]:
+        """No answer."""
+        return ()
 
 
 def check_deployable(experiment: Experiment, nodes: int) -> None:

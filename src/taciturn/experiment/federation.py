@@ -35,11 +35,13 @@ START = 90.0  # seconds for a server to listen
 AGAIN = 15.0  # seconds until a node that ended is started again: its lease of up to 60 s refuses it earlier
 CONNECTION = "taciturn"  # the name of the SuperLink in Flower's configuration
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+PROMPT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; Flower's own is 1, once for every message
 
 
 def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = ("localhost", "127.0.0.1")) -> None:
     """What is missing of a CA, a server certificate for these hosts, and an EC P-384 key pair for each node.
 
+    The certificate is for this machine's own names too: a SuperLink's processes talk to it there, with the same check.
     The CA's own key is not kept: new hosts need a new CA. Errors: `ConfigError` without the package cryptography.
     """
     try:
@@ -65,7 +67,8 @@ def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = ("localhost", "12
             return made.sign(ca, hashes.SHA256()).public_bytes(pem)
 
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])])
-        places: list[Any] = [x509.IPAddress(ipaddress.ip_address(h)) if _is_ip(h) else x509.DNSName(h) for h in hosts]
+        everywhere = dict.fromkeys([*hosts, "localhost", "127.0.0.1"])
+        places: list[Any] = [x509.IPAddress(ipaddress.ip_address(h)) if _is_ip(h) else x509.DNSName(h) for h in everywhere]
         _secret(folder / "server.key", server.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
         write_atomic(folder / "ca.crt", [certificate(issuer, ca, True, None)])
         write_atomic(folder / "server.crt", [certificate(subject, server, False, x509.SubjectAlternativeName(places))])
@@ -75,6 +78,13 @@ def make_keys(folder: Path, nodes: int, hosts: Sequence[str] = ("localhost", "12
             _secret(folder / f"node-{number}", key.private_bytes(pem, serialization.PrivateFormat.OpenSSH, plain))
             text = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
             write_atomic(folder / f"node-{number}.pub", [text + b"\n"])
+
+
+def connect(home: Path, address: str, keys: Path) -> None:
+    """Write the connection of `flwr run` and `flwr supernode` to a SuperLink at HOST:PORT; home: for $FLWR_HOME."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{address}"\n'
+    write_atomic(home / "config.toml", [f'{text}root-certificates = "{keys / "ca.crt"}"\n'.encode()])
 
 
 def _is_ip(host: str) -> bool:
@@ -141,11 +151,7 @@ class Federation:
             raise RunError(f"{self.folder}: a federation is up; end it with `taciturn deploy down {self.folder}`")
         make_keys(self.keys, self.nodes)
         (self.folder / "logs").mkdir(exist_ok=True)
-        home = self._home("user")
-        connection = (
-            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self.port}"\n'
-        )
-        write_atomic(home / "config.toml", [f'{connection}root-certificates = "{self.keys / "ca.crt"}"\n'.encode()])
+        connect(self._home("user"), f"127.0.0.1:{self.port}", self.keys)
         self.link()
         for number in range(self.nodes):
             self.command("supernode", "register", str(self.keys / f"node-{number}.pub"), CONNECTION)
@@ -230,13 +236,18 @@ class Federation:
 
     def _submit(self, app: Path) -> str:
         found = re.search(r"(\d{6,})", self.command("run", str(app), CONNECTION))
-        self._asked = time.monotonic()
+        self._asked, self._serves = time.monotonic(), False
         return found.group(1) if found else ""
 
     def _over(self, number: str) -> bool:
-        """True if Flower says that the run has finished; asked every 30 seconds, for each question starts a process."""
-        if time.monotonic() - self._asked < 30.0 or not number:
+        """True if the server's process has come and gone, or if Flower says that the run has finished before there was one;
+        Flower is asked every 30 seconds, for each question starts a process.
+        """
+        if self.started("superlink", "flwr-serverapp"):
+            self._serves = True
             return False
+        if self._serves or time.monotonic() - self._asked < 30.0 or not number:
+            return self._serves
         self._asked = time.monotonic()
         return "finished" in self.command("ls", CONNECTION, "--run-id", number, check=False)
 
@@ -254,6 +265,14 @@ class Federation:
             raise RunError(f"flwr {' '.join(words)} failed: {(done.stdout + done.stderr).strip()[-600:]}")
         return done.stdout
 
+    def started(self, name: str, word: str) -> list[int]:
+        """What a process of the federation has started, and that in turn, where the command has the word."""
+        found = []
+        for pid in _descendants(self.processes[name].pid, _parents()):
+            with suppress(OSError):
+                found += [pid] if word in Path(f"/proc/{pid}/cmdline").read_text() else []
+        return found
+
     def stop(self) -> None:
         """End all processes that this federation has started."""
         if self.processes:
@@ -270,7 +289,7 @@ class Federation:
 
     def _environment(self, name: str) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return os.environ | QUIET | {"FLWR_HOME": str(self._home(name)), "PATH": path}
+        return PROMPT | os.environ | QUIET | {"FLWR_HOME": str(self._home(name)), "PATH": path}
 
     def _spawn(self, name: str, program: str, *words: str) -> None:
         with open(self.folder / "logs" / f"{name}.log", "ab") as log:

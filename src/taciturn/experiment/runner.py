@@ -141,7 +141,7 @@ def run(
         header = folder.header()
         same_experiment(header["experiment"], to_table(experiment), folder.path)
         state = prepare(experiment, header, **faults)
-        _restore(state, folder)
+        restore(state, folder)
         return _loop(state, header, folder, callbacks)
 
 
@@ -356,7 +356,8 @@ def _snapshot(run: _Run) -> tuple[State, dict[str, Any]]:
     return state | {"engine": run.engine.export()}, meta | cast
 
 
-def _restore(run: _Run, folder: RunFolder) -> None:
+def restore(run: _Run, folder: RunFolder) -> None:
+    """Take up a folder's newest checkpoint."""
     found = folder.load()
     if found is None:
         run.budget.restore(folder.lines(0), folder.path)
