@@ -21,8 +21,8 @@ import torch
 from taciturn.core.errors import AllClientsFailed, RunError, TaciturnError
 from taciturn.core.state import write_atomic
 from taciturn.experiment import config
-from taciturn.experiment.record import read_header, read_lines
-from taciturn.experiment.runner import run, same_experiment
+from taciturn.experiment.record import read_header, read_lines, same_experiment
+from taciturn.experiment.runner import run
 
 POLL = 0.5  # seconds between two looks at the record
 FAILED = "failed.txt"  # why a run cannot be finished; without it, it is tried again

@@ -31,8 +31,8 @@ from taciturn.engines.sites import SECONDS, Sites
 from taciturn.experiment.allocation import facts_of
 from taciturn.experiment.config import from_table, read_toml, set_path, to_table, to_toml
 from taciturn.experiment.experiment import DTYPES, Experiment
-from taciturn.experiment.record import RunFolder
-from taciturn.experiment.runner import MAY_DIFFER, prepare, restore, run
+from taciturn.experiment.record import MAY_DIFFER, RunFolder
+from taciturn.experiment.runner import prepare, restore, run
 
 TOML = "experiment.toml"
 SETTINGS: dict[str, Any] = {"out": "run", "deadline": SECONDS, "min-available-nodes": 2}
@@ -194,6 +194,10 @@ class Nowhere:
     def there(self) -> Sequence[int]:
         """Nobody."""
         return ()
+
+    def place(self, client: int) -> int:
+        """None."""
+        return -1
 
     def exchange(self, letters: Sequence[Letter], seconds: float) -> Sequence[Letter]:
         """No answer."""

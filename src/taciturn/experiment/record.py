@@ -25,6 +25,20 @@ from taciturn.engines.store import ClientStore
 FORMAT = 1  # of run.json and record.jsonl
 CHECKPOINT = 2  # 1: held the rows of the clients
 KEPT = 2  # checkpoints
+MAY_DIFFER = (  # of an experiment that is resumed
+    *("rounds", "workers", "stop_at", "checkpoint_every", "target", "name"),
+    *("evaluate_every", "evaluate_clients_every"),
+)
+
+
+def same_experiment(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Errors: `RunError` where a run folder holds a run of another configuration; `MAY_DIFFER` aside."""
+    changed = [k for k in {*before, *now} if k not in MAY_DIFFER and before.get(k) != now.get(k)]
+    if changed:
+        raise RunError(
+            f"{folder} was run with another {', '.join(sorted(changed))}; a resumed run keeps them (only "
+            f"{', '.join(MAY_DIFFER)} may change)"
+        )
 
 
 class RunFolder:

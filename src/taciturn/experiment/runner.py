@@ -34,7 +34,7 @@ from taciturn.experiment.config import to_table, to_toml
 from taciturn.experiment.experiment import DTYPES, Callback, Experiment
 from taciturn.experiment.interrupts import interrupts
 from taciturn.experiment.privacy import Budget, check
-from taciturn.experiment.record import FORMAT, RunFolder
+from taciturn.experiment.record import FORMAT, RunFolder, same_experiment
 from taciturn.experiment.result import Result
 from taciturn.experiment.simulated import Times
 from taciturn.experiment.snapshot import server_of, server_record
@@ -44,10 +44,6 @@ from taciturn.round import RoundStats, ServerState, fed_round, start
 from taciturn.tasks.built import BuiltTask
 
 LISTED = 10_000  # clients whose names are in run.json; with more, each evaluation names its own
-MAY_DIFFER = (
-    *("rounds", "workers", "stop_at", "checkpoint_every", "target", "name"),
-    *("evaluate_every", "evaluate_clients_every"),
-)
 
 
 @dataclass
@@ -334,16 +330,6 @@ def _header(run: _Run) -> dict[str, Any]:
         "deployed_bits": deployed_bits(run.experiment.method.precision),
         "fleet": run.times.facts(),
     }
-
-
-def same_experiment(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Errors: `RunError` where a run folder holds a run of another configuration; `MAY_DIFFER` aside."""
-    changed = [k for k in {*before, *now} if k not in MAY_DIFFER and before.get(k) != now.get(k)]
-    if changed:
-        raise RunError(
-            f"{folder} was run with another {', '.join(sorted(changed))}; a resumed run keeps them (only "
-            f"{', '.join(MAY_DIFFER)} may change)"
-        )
 
 
 def _snapshot(run: _Run) -> tuple[State, dict[str, Any]]:
