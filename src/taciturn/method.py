@@ -14,7 +14,7 @@ from torch import nn
 
 from taciturn.aggregation import controlled, low_rank, mean, private, running, weighted
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
-from taciturn.codecs import chain, clip, difference, error_feedback, identity, lossless, quantize, quantize4, top_k
+from taciturn.codecs import chain, clip, difference, error_feedback, identity, lossless, lowrank, quantize, quantize4
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import MethodError, ModelError, require
 from taciturn.core.types import (
@@ -39,8 +39,8 @@ from taciturn.solvers import ditto, pfedme, scaffold, sgd
 from taciturn.sync import every, fda
 from taciturn.sync.thresholds import adaptive
 
-# of `Method.lean`: share and least number of values sent; epochs: that sending the model is worth, of round 1, of any round
-SHARE, LEAST, CROSSING, FIRST, MOST = 0.005, 64, 5000.0, 5.0, 20
+# of `Method.lean`: ranks up and down; epochs: that sending the model is worth, of round 1, of any round
+RANK_UP, RANK_DOWN, CROSSING, FIRST, MOST = 4, 2, 5000.0, 5.0, 20
 _PROBE = Layout(("probe",), ((8, 8),))
 
 
@@ -309,8 +309,9 @@ class Method:
     def lean(cls, base: Method | None = None) -> Method:
         """What says the least, made of the user's method; nothing of it is to be tuned.
 
-            values   both ways the largest SHARE of them, at least LEAST, in 3 bits. What is left out is sent later: up by a
-                     memory of each client, down as the change of what all hold (Seide et al. 2014; Sattler et al. 2019)
+            values   of each matrix two thin factors, of rank RANK_UP and RANK_DOWN, in 3 bits, compressed once more without
+                     loss. What is left out is sent later: up by a memory of each client, down as the change of what all
+                     hold (Vogels et al. 2019; Seide et al. 2014)
             start    each site builds the first model itself; it is never sent
             rounds   each client stops at its own drift (`fda`, local monitor), with sending the model once worth CROSSING
                      local epochs: some ten epochs, at most MOST, and about FIRST in the first round
@@ -327,11 +328,13 @@ class Method:
             return base.encoded(error_feedback(small)).replace(
                 broadcast=Broadcast(small, of="change", start="known"), sync=fda(), server=server_sgd()
             )
-        values = quantize(bits=3, rounding="nearest")
-        sparse = chain(top_k(share=SHARE, least=LEAST), values)
+        values = quantize(bits=3, rounding="nearest", scale="block")
+        up, down = (
+            lossless(chain(factors, values)) for factors in (lowrank(RANK_UP), lowrank(RANK_DOWN, turns=3, warm=False))
+        )
         rule = fda(monitor="local", crossing=CROSSING, theta=adaptive(start=FIRST), max_blocks=MOST)
-        return base.encoded(error_feedback(sparse)).replace(
-            broadcast=Broadcast(sparse, of="change", start="known"), sync=rule, server=server_sgd()
+        return base.encoded(error_feedback(up)).replace(
+            broadcast=Broadcast(down, of="change", start="known"), sync=rule, server=server_sgd()
         )
 
     def replace(self, **parts: Any) -> Method:
