@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -26,11 +27,13 @@ from rich.table import Table
 from bench.common import finish, parser
 from bench.lean_tasks import PARTS, TASKS, TRAINING, UNSEEN, Job, available, play
 from taciturn import Broadcast, Method, codecs, sync
+from taciturn.core.types import Codec
 
 TUNING_SEED = 1000
 CLIENT_LR, SERVER_LR = (0.03, 0.1, 0.3, 1.0), (0.01, 0.03, 0.1)
 QUICK = ("digits-cnn", "mnist-deep", "cancer")
 MORE, FEW = 4, 2  # rounds of the lean method for one of FedAdam; where it is changed
+LEVELS = (0.95, 0.96, 0.97, 0.98, 0.985)  # of FedAdam's best metric, in the search: one crossing alone is chance
 LOST = 0.5  # of the metric, below which a run has diverged
 
 
@@ -202,51 +205,82 @@ def _more(rows: list[dict[str, Any]], runs: dict[tuple[Any, ...], Any]) -> dict[
 # ------------------------------------------------------------------------------------------------------------- search
 
 
-def _candidate(up: float, down: float, values: Any, rule: Any, memory: bool = True) -> Method:
-    """The largest values both ways, encoded by another codec, at a rule."""
-    sent, said = (codecs.chain(codecs.top_k(share=share, least=64), values) for share in (up, down))
-    found = Method(codec=codecs.error_feedback(sent) if memory else sent, sync=rule)
-    return found.replace(broadcast=Broadcast(said, of="change", start="known"))
+def _method(up: Codec, down: Codec, rule: Any) -> Method:
+    """A memory on the way up, the change of what all hold on the way down."""
+    found = Method(codec=codecs.error_feedback(up), sync=rule)
+    return found.replace(broadcast=Broadcast(down, of="change", start="known"))
+
+
+def _largest(share: float, values: Codec, rule: Any) -> Method:
+    """The largest values both ways, encoded by another codec."""
+    sent = codecs.chain(codecs.top_k(share=share, least=64), values)
+    return _method(sent, sent, rule)
+
+
+def _factors(up: int, down: int, values: Codec, rule: Any) -> Method:
+    """Factors of rank `up` and `down`, encoded by another codec, then without loss."""
+    ways = codecs.lowrank(up), codecs.lowrank(down, turns=3, warm=False)
+    return _method(*(codecs.lossless(codecs.chain(factors, values)) for factors in ways), rule)
 
 
 def candidates() -> dict[str, Method]:
-    """What was tried: shares up and down, bits of the values, when, and memory on the way up."""
-    sign, three, four = codecs.sign(), codecs.quantize(bits=3, rounding="nearest"), codecs.quantize4()
-    five, ten, drift = sync.every(epochs=5), sync.every(epochs=10), Method.lean().sync
-    return {
-        "0.5 % both ways, 3 bits, by drift": _candidate(0.005, 0.005, three, drift),
-        "the same, every 10 epochs": _candidate(0.005, 0.005, three, ten),
-        "the same, every 5 epochs": _candidate(0.005, 0.005, three, five),
-        "the same, 4 bits": _candidate(0.005, 0.005, four, ten),
-        "the same, signs": _candidate(0.005, 0.005, sign, ten),
-        "1 % both ways, 3 bits": _candidate(0.01, 0.01, three, ten),
-        "1 % up, 0.5 % down, 3 bits": _candidate(0.01, 0.005, three, ten),
-        "0.25 % both ways, 3 bits": _candidate(0.0025, 0.0025, three, ten),
-        "1 % up without memory, 0.5 % down, 3 bits": _candidate(0.01, 0.005, three, ten, memory=False),
+    """What was tried: largest values or factors, their bits, ranks, and when."""
+    drift = Method.lean().sync
+    three, four = (codecs.quantize(bits=bits, rounding="nearest") for bits in (3, 4))
+    blocks = codecs.quantize(bits=3, rounding="nearest", scale="block")
+    coarse = codecs.quantize(bits=2, rounding="nearest", scale="block", norm="mean")
+    ranks = {f"rank {up} up, {down} down": _factors(up, down, blocks, drift)
+             for up, down in ((4, 2), (4, 4), (2, 2), (8, 2), (4, 1), (4, 3), (6, 2))}  # fmt: skip
+    packed = {
+        "0.5 % largest, 3 bits": _largest(0.005, three, drift),
+        "1 % largest, 3 bits": _largest(0.01, three, drift),
+        "rank 4, 2, scale of a tensor": _factors(4, 2, three, drift),
+        "rank 4, 2, 4 bits, scale of a tensor": _factors(4, 2, four, drift),
+        "rank 4, 2, 2 bits": _factors(4, 2, coarse, drift),
     }
+    often = {f"rank 4, 2, every {n} epochs": _factors(4, 2, blocks, sync.every(epochs=n)) for n in (5, 10)}
+    worth = {f"rank 4, 2, crossing {n}": _factors(4, 2, blocks, replace(drift, crossing=n)) for n in (2500.0, 10000.0)}
+    return packed | ranks | often | worth
 
 
-def search(processes: int) -> None:
-    """Bytes to the target on the training tasks, a seed each."""
+def search(processes: int, names: Sequence[str]) -> dict[str, Any]:
+    """Bytes of FedAdam / bytes of a candidate on the training tasks: geometric mean over LEVELS of FedAdam's best, and
+    seeds; null where one of the levels is not reached.
+    """
     tasks = [*TRAINING]
-    steps = tuned(tasks, False, processes)
-    jobs = {(task, name): Job(task, "tried", steps[task]["client"], rounds=FEW * TASKS[task][4], chosen=method, name=name)
-            for task, (name, method) in itertools.product(tasks, candidates().items())}  # fmt: skip
-    for task in tasks:
-        lr, at = steps[task]["fedadam"]
-        jobs[task, "fedadam"] = Job(task, "fedadam", lr, at, rounds=TASKS[task][4])
+    steps, tried = tuned(tasks, True, processes), {n: m for n, m in candidates().items() if not names or n in names}
+    jobs: dict[tuple[str, int, str], Job] = {}
+    for task, seed in itertools.product(tasks, range(2)):
+        (lr, at), rounds = steps[task]["fedadam"], TASKS[task][4]
+        jobs[task, seed, ""] = Job(task, "fedadam", lr, at, seed, rounds)
+        for name, method in tried.items():
+            lr = steps[task]["client"]
+            jobs[task, seed, name] = Job(task, "tried", lr, 1.0, seed, FEW * rounds, chosen=method, name=name)
     runs = dict(zip(jobs, _all([*jobs.values()], processes), strict=True))
-    table = Table("candidate", *(f"{task}: times fewer" for task in tasks), "geometric mean")
-    for name in candidates():
-        ratios = []
+    table = Table("candidate", *(f"{task}: times fewer" for task in tasks), "both", "best metric")
+    found: dict[str, Any] = {}
+    for name in tried:
+        means, best = [], []
         for task in tasks:
-            target = _target(_best(runs[task, "fedadam"]))
-            spent = _to(runs[task, name], target, 1)
-            ratios.append(None if spent is None else (_to(runs[task, "fedadam"], target, 1) or 0.0) / spent)
-        known = [ratio for ratio in ratios if ratio]
-        mean = _geomean(known) if len(known) == len(tasks) else None
-        table.add_row(name, *("-" if ratio is None else f"{ratio:.0f}" for ratio in (*ratios, mean)))
+            ratios = []
+            for seed, level in itertools.product(range(2), LEVELS):
+                adam = runs[task, seed, ""]
+                spent = _to(runs[task, seed, name], level * _best(adam), 1)
+                ratios.append(None if spent is None else (_to(adam, level * _best(adam), 1) or 0.0) / spent)
+            means.append(_geomean([r for r in ratios if r]) if all(ratios) else None)
+            best.append(sum(_best(runs[task, seed, name]) for seed in range(2)) / 2)
+        both = _geomean([m for m in means if m]) if all(means) else None
+        found[name] = {"byte_ratio": dict(zip(tasks, means, strict=True)), "both": both, "best": best}
+        cells = ["-" if mean is None else f"{mean:.0f}" for mean in (*means, both)]
+        table.add_row(name, *cells, " ".join(f"{value:.3f}" for value in best))
     Console(width=140).print(table)
+    command = " ".join(["python -m bench.lean --search", *(["--tried", *names] if names else [])])
+    return {
+        "command": command,
+        "candidates": found,
+        "levels": LEVELS,
+        "n": {"tasks": len(tasks), "seeds": 2, "rounds": FEW},
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -275,11 +309,12 @@ def main() -> None:
     """Search, or tune, run and print."""
     options = parser(__doc__)
     options.add_argument("--search", action="store_true", help="the candidates on the training tasks")
+    options.add_argument("--tried", nargs="*", default=[], help="names of candidates; all without")
     options.add_argument("--processes", type=int, default=2)
     options.add_argument("--tasks", nargs="*", default=None)
     chosen = options.parse_args()
     if chosen.search:
-        search(chosen.processes)
+        finish("lean_search", search(chosen.processes, chosen.tried), chosen.quick)
         return
     names = chosen.tasks or (QUICK if chosen.quick else UNSEEN)
     seeds = range(1 if chosen.quick else 2)
