@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.common import finish, parser
-from bench.lean_tasks import PARTS, TASKS, TRAINING, UNSEEN, Job, available, play
+from bench.lean_tasks import PARTS, TASKS, TRAINING, UNSEEN, Job, available, kept
 from taciturn import Broadcast, Method, codecs, sync
 from taciturn.core.types import Codec
 
@@ -37,19 +38,31 @@ LEVELS = (0.95, 0.96, 0.97, 0.98, 0.985)  # of FedAdam's best metric, in the sea
 LOST = 0.5  # of the metric, below which a run has diverged
 
 
-def _all(jobs: Sequence[Job], processes: int) -> list[dict[str, Any]]:
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        runs = []
-        for job, run in zip(jobs, pool.map(play, jobs), strict=True):
-            spent = run["curve"][-1][1] if run["curve"] else 0
-            name = f"{job.method} {job.name}".strip()
-            line = f"best {_best(run):.4f}  {spent / 1e6:9.3f} MB  {run['cpu_seconds']:4.0f} CPU s  {run.get('failed', '')}"
-            print(f"{job.task:12} {name:30} seed {job.seed:4}  lr {job.lr:<5.3g} {job.server_lr:<5.3g}  {line}", flush=True)
-            runs.append(run)
+@dataclass(frozen=True)
+class Crew:
+    """Processes that run jobs. keep: a folder for what is done, which is not done again."""
+
+    processes: int
+    keep: Path | None = None
+
+    def all(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """The run of each job."""
+        with ProcessPoolExecutor(self.processes, mp_context=get_context("spawn")) as pool:
+            return _told(jobs, pool.map(kept, jobs, itertools.repeat(self.keep)))
+
+
+def _told(jobs: Sequence[Job], done: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    runs = []
+    for job, run in zip(jobs, done, strict=True):
+        spent = run["curve"][-1][1] if run["curve"] else 0
+        name = f"{job.method} {job.name}".strip()
+        line = f"best {_best(run):.4f}  {spent / 1e6:9.3f} MB  {run['cpu_seconds']:4.0f} CPU s  {run.get('failed', '')}"
+        print(f"{job.task:12} {name:30} seed {job.seed:4}  lr {job.lr:<5.3g} {job.server_lr:<5.3g}  {line}", flush=True)
+        runs.append(run)
     return runs
 
 
-def tuned(tasks: Sequence[str], quick: bool, processes: int) -> dict[str, dict[str, Any]]:
+def tuned(tasks: Sequence[str], quick: bool, crew: Crew) -> dict[str, dict[str, Any]]:
     """The steps of each task: {"client": FedAvg's best, "fedadam": (client, server)}, and what was tried."""
     client, steps = (CLIENT_LR[1:3], SERVER_LR[:2]) if quick else (CLIENT_LR, SERVER_LR)
     jobs = []
@@ -58,7 +71,7 @@ def tuned(tasks: Sequence[str], quick: bool, processes: int) -> dict[str, dict[s
         jobs += [Job(method="fedavg", lr=lr, **known) for lr in client]
         pairs = itertools.product(client, steps)
         jobs += [Job(method="fedadam", lr=lr, server_lr=at, **known) for lr, at in pairs]
-    runs = list(zip(jobs, _all(jobs, processes), strict=True))
+    runs = list(zip(jobs, crew.all(jobs), strict=True))
     found = {}
     for task in tasks:
         best = {
@@ -130,9 +143,9 @@ def _geomean(values: Sequence[float]) -> float | None:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
-def study(tasks: Sequence[str], seeds: range, quick: bool, processes: int) -> dict[str, Any]:
+def study(tasks: Sequence[str], seeds: range, quick: bool, crew: Crew) -> dict[str, Any]:
     """All rows, and what they come to."""
-    steps = tuned(tasks, quick, processes)
+    steps = tuned(tasks, quick, crew)
     jobs: dict[tuple[Any, ...], Job] = {}
     for task, seed in itertools.product(tasks, seeds):
         lr, (adam_lr, server_lr), rounds = steps[task]["client"], steps[task]["fedadam"], TASKS[task][4]
@@ -147,7 +160,7 @@ def study(tasks: Sequence[str], seeds: range, quick: bool, processes: int) -> di
                 jobs[task, 0, f"fedavg, lr x {factor:.2g}"] = Job(task, "fedavg", factor * lr, rounds=rounds // FEW)
             for part in PARTS:
                 jobs[task, 0, f"without {part}"] = Job(task, "lean", lr, rounds=rounds, off=part, name=f"without {part}")
-    runs = dict(zip(jobs, _all([*jobs.values()], processes), strict=True))
+    runs = dict(zip(jobs, crew.all([*jobs.values()]), strict=True))
     methods = ("fedadam", "fedavg", "lean")
     rows = [_row(task, seed, {m: runs[task, seed, m] for m in methods}) for task, seed in itertools.product(tasks, seeds)]
     return _figures(rows, seeds, steps, runs, quick)
@@ -243,12 +256,12 @@ def candidates() -> dict[str, Method]:
     return packed | ranks | often | worth
 
 
-def search(processes: int, names: Sequence[str]) -> dict[str, Any]:
+def search(crew: Crew, names: Sequence[str]) -> dict[str, Any]:
     """Bytes of FedAdam / bytes of a candidate on the training tasks: geometric mean over LEVELS of FedAdam's best, and
     seeds; null where one of the levels is not reached.
     """
     tasks = [*TRAINING]
-    steps, tried = tuned(tasks, True, processes), {n: m for n, m in candidates().items() if not names or n in names}
+    steps, tried = tuned(tasks, True, crew), {n: m for n, m in candidates().items() if not names or n in names}
     jobs: dict[tuple[str, int, str], Job] = {}
     for task, seed in itertools.product(tasks, range(2)):
         (lr, at), rounds = steps[task]["fedadam"], TASKS[task][4]
@@ -256,7 +269,7 @@ def search(processes: int, names: Sequence[str]) -> dict[str, Any]:
         for name, method in tried.items():
             lr = steps[task]["client"]
             jobs[task, seed, name] = Job(task, "tried", lr, 1.0, seed, FEW * rounds, chosen=method, name=name)
-    runs = dict(zip(jobs, _all([*jobs.values()], processes), strict=True))
+    runs = dict(zip(jobs, crew.all([*jobs.values()]), strict=True))
     table = Table("candidate", *(f"{task}: times fewer" for task in tasks), "both", "best metric")
     found: dict[str, Any] = {}
     for name in tried:
@@ -312,13 +325,15 @@ def main() -> None:
     options.add_argument("--tried", nargs="*", default=[], help="names of candidates; all without")
     options.add_argument("--processes", type=int, default=2)
     options.add_argument("--tasks", nargs="*", default=None)
+    options.add_argument("--keep", type=Path, default=None, help="a folder for runs, which are then not done again")
     chosen = options.parse_args()
+    crew = Crew(chosen.processes, chosen.keep)
     if chosen.search:
-        finish("lean_search", search(chosen.processes, chosen.tried), chosen.quick)
+        finish("lean_search", search(crew, chosen.tried), chosen.quick)
         return
     names = chosen.tasks or (QUICK if chosen.quick else UNSEEN)
     seeds = range(1 if chosen.quick else 2)
-    figures = study(available(names), seeds, chosen.quick, chosen.processes)
+    figures = study(available(names), seeds, chosen.quick, crew)
     missing = [name for name in names if name not in available(names)]
     if missing:
         figures["not_run"] = dict.fromkeys(missing, "its data are not beside the project")

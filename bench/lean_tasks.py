@@ -6,6 +6,8 @@ method are made of it; the lean one by `Method.lean` alone.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ import torch
 import taciturn
 from bench.common import Cached
 from taciturn import Broadcast, Experiment, Method, TaskSpec, codecs, data, models, participation, server, solvers, sync
+from taciturn.core.state import write_atomic
 from taciturn.tasks.data.sources import divide
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data, where they lie beside the project
@@ -119,12 +122,17 @@ def without(method: Method, part: str, base: Method) -> Method:
         return method.replace(broadcast=Broadcast(codecs.identity()))
     if part == "start":
         return method.replace(broadcast=replace(method.broadcast, start="sent"))
-    if part == "blocks":
+    if part == "rounds":
         return method.replace(sync=base.sync)
+    if part == "lossless":
+        down = replace(method.broadcast, codec=method.broadcast.codec.codec)
+        return method.encoded(codecs.error_feedback(method.codec.codec.codec)).replace(broadcast=down)
+    if part == "memory":
+        return method.encoded(method.codec.codec)
     return method
 
 
-PARTS = ("up", "down", "start", "blocks")
+PARTS = ("up", "down", "start", "rounds", "memory", "lossless")
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,19 @@ def play(job: Job) -> dict[str, Any]:
     score = _score(result, name, sign) if job.tuning else None
     told = {"steps": steps, "name": name, "d": result.header["d"], "cpu_seconds": time.process_time() - began}
     return told | {"curve": curve, "score": score}
+
+
+def kept(job: Job, folder: Path | None) -> dict[str, Any]:
+    """`play`, or what a folder has of it."""
+    if folder is None:
+        return play(job)
+    file = folder / f"{hashlib.sha256(repr(job).encode()).hexdigest()[:16]}.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        done = json.dumps({"job": repr(job), "run": play(job)}).encode()
+        write_atomic(file, [done])
+    run: dict[str, Any] = json.loads(file.read_bytes())["run"]
+    return run
 
 
 def _score(result: Any, name: str, sign: int) -> float:
