@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 
 import taciturn
@@ -60,3 +63,11 @@ def resumes(experiment, folder, rounds=5):
     for one, other in zip(resumed.history, whole.history, strict=True):
         assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
     return whole
+
+
+def thinned(rows, columns):
+    """All pairs as parameters, every other of them slow; each row and each column keeps some for `make test`."""
+    return [
+        pytest.param(row, column, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+        for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns))
+    ]

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from drive import thinned
 from taciturn import codecs
 from taciturn.advisor import moments, problems, recursion, theory
 from taciturn.advisor.draws import in_law, stabilized
@@ -146,8 +147,7 @@ def test_memory_can_be_worse_than_none():
 # ----------------------------------------------------------------------------------------------------------- recursion
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("name", draws(6))
+@pytest.mark.parametrize(("name", "basis"), thinned(draws(6), BASES))
 def test_powers_equal_steps(name, basis):
     draw, problem = draws(6)[name], problems.central(BASES[basis](6), 0.8, clients=2)
     gamma, stops = theory.constant_step(draw.omega(6), problem), [1, 2, 3, 150]

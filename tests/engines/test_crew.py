@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from conftest import Net, make_task
-from drive import drive
+from drive import drive, thinned
 from taciturn import fleet, participation, partition, solvers, sync
 from taciturn.core.errors import ConfigError, DataError, RunError
 from taciturn.core.state import equal
@@ -40,8 +40,7 @@ def task():
     return make_task(lambda: Net(dropout=0.2))
 
 
-@pytest.mark.parametrize("engine", ["stacked", "sequential"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "engine"), thinned(METHODS, ["stacked", "sequential"]))
 def test_workers_change_no_bit(name, engine, task):
     alone, one, _, traffic = drive(task, METHODS[name], engine, rounds=3, block=2 if engine == "stacked" else None)
     for workers in (2, 3):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drive import drive
+from drive import drive, thinned
 from taciturn import Task, participation, partition, solvers, sync
 from taciturn.client import Work
 from taciturn.core import random
@@ -111,8 +111,7 @@ def path_of(task, method=BASE):
     return choose("auto", Work(task, split, method.solver, method.codec), None)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "solver"), thinned(MODELS, SOLVERS))
 def test_layers_equal_the_plain_path(model, solver):
     make, shape, integers = MODELS[model]
     task, method = task_of(make, shape, integers), BASE.replace(solver=SOLVERS[solver])

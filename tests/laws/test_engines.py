@@ -94,6 +94,9 @@ PEERS = {
 }
 ROWS = {f"{s}/{p}": {"solver": SOLVERS[s], "partition": PARTITIONS[p]} for s, p in itertools.product(SOLVERS, PARTITIONS)}
 METHODS = ROWS | OTHERS | COMPRESSED | PEERS
+ALIKE = {name for place, name in enumerate(ROWS) if (place // len(PARTITIONS) + place) % 2} | {
+    f"codec-{name}" for name in ("qsgd", "quantize2", "quantize8", "ternary")
+}  # to others: left to the slow laws
 BASE = Method(participation=participation.uniform(count=4), sync=sync.every(epochs=2), batch_size=8)
 
 
@@ -108,7 +111,7 @@ def vmap_task():
     return Task(lambda: Net(dropout=0.2), make_federation(), forward=lambda model, batch: model(batch["input"])).build(0)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in ALIKE else []) for n in METHODS])
 def test_engines_agree(name, shared_task, vmap_task):
     method = BASE.replace(**METHODS[name])
     x, engine, stats, traffic = drive(shared_task, method, "sequential", rounds=3)
