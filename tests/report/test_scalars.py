@@ -55,15 +55,19 @@ def test_event_files_are_read_back(tmp_path):
     pytest.importorskip("tensorboardX")
     folders = [make(tmp_path / f"{name}-{seed}", [0.5, 0.25 * seed], name=name, seed=seed)
                for name in ("a/b", "a b") for seed in (0, 1)]  # fmt: skip
-    for _ in range(2):  # the second call replaces what the first wrote
-        written = write_scalars(folders, tmp_path / "events")
-        assert [str(path.relative_to(tmp_path / "events")) for path in written] == [
-            "a-b/seed-0", "a-b/seed-1", "a-b+/seed-0", "a-b+/seed-1"
-        ]  # fmt: skip
-        for path, folder in zip(written, folders, strict=True):
-            told = [(tag, step, pytest.approx(value), at) for tag, step, value, at in scalars(read_run(folder))]
-            found = [(tag, *event) for tag, all_ in events(path).items() for event in all_]
-            assert sorted(found, key=lambda one: one[:2]) == sorted(told, key=lambda one: one[:2])
+    stale = tmp_path / "events" / "a-b" / "seed-0"
+    stale.mkdir(parents=True)
+    for name in ("events.out.tfevents.1.host.taciturn", "events.out.tfevents.1.host"):
+        (stale / name).touch()
+    written = write_scalars(folders, tmp_path / "events")
+    assert sum(1 for _ in stale.iterdir()) == 2 and (stale / "events.out.tfevents.1.host").exists()  # ours is replaced
+    assert [str(path.relative_to(tmp_path / "events")) for path in written] == [
+        "a-b/seed-0", "a-b/seed-1", "a-b+/seed-0", "a-b+/seed-1"
+    ]  # fmt: skip
+    for path, folder in zip(written, folders, strict=True):
+        told = [(tag, step, pytest.approx(value), at) for tag, step, value, at in scalars(read_run(folder))]
+        found = [(tag, *event) for tag, all_ in events(path).items() for event in all_]
+        assert sorted(found, key=lambda one: one[:2]) == sorted(told, key=lambda one: one[:2])
 
 
 def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
