@@ -38,10 +38,8 @@ def _refuse_empty(names: Sequence[str], sizes: Tensor) -> None:
 
 
 def _refuse_mask(fields: Mapping[str, Any], where: str) -> None:
-    if "mask" in fields:  # of a batch it is [b], which samples are no padding: it would be overwritten
-        raise DataError(
-            f"{where} has a field 'mask', a name that batches use themselves; call it otherwise, such as 'real'"
-        )
+    if "mask" in fields:  # of a batch it is [b], which samples are no padding
+        raise DataError(f"{where} has a field 'mask', which batches use themselves; call it otherwise, such as 'real'")
 
 
 @dataclass(frozen=True)
