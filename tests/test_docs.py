@@ -117,6 +117,21 @@ def test_links_lead_somewhere():
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_the_citation_names_this_version_and_five_papers():
+    yaml = pytest.importorskip("yaml")
+    told = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert told["cff-version"] == "1.2.0" and (told["version"], told["license"]) == (project["version"], project["license"])
+    assert told.keys() >= {"message", "title", "authors"}
+    papers = {paper["identifiers"][0]["value"]: paper for paper in told["references"]}
+    assert {name.removeprefix("arXiv:") for name in papers} == {
+        "2508.01348", "2505.04535", "2308.01358", "2506.04672", "2505.11982"
+    }  # fmt: skip
+    for name, paper in papers.items():
+        assert paper["url"].endswith(name.removeprefix("arXiv:")) and paper["title"]
+        assert all({"family-names", "given-names"} == author.keys() for author in paper["authors"])
+
+
 # ------------------------------------------------------------------------------------------------------------ the site
 
 
