@@ -3,7 +3,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 TORCH = $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup demo test test-all test-deploy check bench clean
+.PHONY: help setup demo test test-all test-deploy check docs wheel bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,8 +36,15 @@ check: $(READY)  ## format, lint, types, examples in the docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
+docs: $(READY)  ## the site, in site/: open site/index.html, no server and no network needed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: $(READY)  ## wheel and source archive in dist/, tried in an empty environment
+	$(BIN)/python tests/packaged.py
+
 bench: $(READY)  ## every figure of bench/RESULTS.md
 	for name in fedopt fda fda_rules sketch lora finetune fedapm fedapm_where fedhq lean flower faults engine scale peers codecs packing fleet fuzz_wire least_squares advisor report privacy; do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:  ## remove what make made
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

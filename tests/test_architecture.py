@@ -42,6 +42,7 @@ OPTIONAL = {
     "onnxruntime",
     "onnxscript",
     "opacus",
+    "tensorboardX",
 }  # imported where they are used, never at the top of a module
 
 
@@ -127,6 +128,11 @@ def test_peft_has_one_door():
 def test_opacus_has_one_door():
     users = {str(path.relative_to(ROOT)) for path in FILES if "opacus" in {name.split(".")[0] for name in imports(path)}}
     assert users == {"experiment/privacy.py"}
+
+
+def test_tensorboardx_has_one_door():
+    users = {str(path.relative_to(ROOT)) for path in FILES if "tensorboardX" in {n.split(".")[0] for n in imports(path)}}
+    assert users == {"report/scalars.py"}
 
 
 def test_onnx_has_one_door():

@@ -20,7 +20,7 @@ from taciturn.core import random
 from taciturn.core.errors import ConfigError, DataError
 from taciturn.tasks import data
 from taciturn.tasks.data import sources
-from taciturn.tasks.data.clients import Federation, TableClients, hold_out
+from taciturn.tasks.data.clients import Federation, LazyClients, TableClients, hold_out
 from taciturn.tasks.data.files import datasets, impute, standardize
 from taciturn.tasks.data.splits import client_names, stratified
 
@@ -174,6 +174,14 @@ def test_clients_in_another_order_have_the_same_data():
     second = turned.fetch(torch.tensor([1, 2]), torch.tensor([[1, 0], [0, 1]]))
     assert torch.equal(first["target"], torch.tensor([[5, 0], [1, 2]]))
     assert all(torch.equal(first[name], second[name]) for name in fields)
+
+
+def test_a_field_that_batches_use_themselves_is_refused():
+    sample = {"input": torch.zeros(2), "mask": torch.ones(2), "target": torch.tensor(0)}
+    with pytest.raises(DataError, match="client 'a' has a field 'mask'"):
+        LazyClients(("a",), ([sample],)).fetch(torch.zeros(1).long(), torch.zeros(1, 1).long())
+    with pytest.raises(DataError, match="the table has a field 'mask'"):
+        TableClients(("a",), {"mask": torch.ones(1, 2)}, torch.tensor([0]), torch.tensor([0, 1]))
 
 
 def test_an_empty_client_is_refused_by_name():

@@ -39,7 +39,7 @@ from taciturn.fleet import Fleet, Measured, Profile, measure
 from taciturn.fleet.fleets import FLEETS, MBIT
 from taciturn.fleet.machine import PATIENCE
 from taciturn.fleet.profile import DTYPES
-from taciturn.report import human_bytes, write_report
+from taciturn.report import human_bytes, write_report, write_scalars
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(sites, name="deploy")
@@ -217,8 +217,11 @@ def report(
     page: Annotated[Path, typer.Option("-o", "--out", help="the HTML file")] = Path("report.html"),
     target: Annotated[float | None, typer.Option(help="level of the metric to reach")] = None,
     tables: Annotated[Path | None, typer.Option(help="folder for its tables as Markdown and CSV")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="folder for its curves as TensorBoard's event files")] = None,
 ) -> None:
     """One self-contained HTML page from run folders, in English and Japanese."""
+    if tensorboard is not None:
+        write_scalars(folders, tensorboard)
     out.print(escape(str(write_report(folders, page, target, tables))), soft_wrap=True)
 
 

@@ -5,7 +5,7 @@ Symbols: S samples in all; n_i samples of client i; ids [m] clients; index [m, b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
@@ -37,6 +37,11 @@ def _refuse_empty(names: Sequence[str], sizes: Tensor) -> None:
         raise DataError(f"{len(empty)} of {len(names)} clients have no sample: {shown}; leave them out or give them data")
 
 
+def _refuse_mask(fields: Mapping[str, Any], where: str) -> None:
+    if "mask" in fields:  # of a batch it is [b], which samples are no padding
+        raise DataError(f"{where} has a field 'mask', which batches use themselves; call it otherwise, such as 'real'")
+
+
 @dataclass(frozen=True)
 class TableClients:
     """Clients as row numbers into tables that all share: nothing is copied per client.
@@ -56,6 +61,7 @@ class TableClients:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", self.offsets.diff())
         _refuse_empty(self.names, self.sizes)
+        _refuse_mask(self.fields, "the table")
 
     @classmethod
     def of(cls, fields: dict[str, Tensor], owners: dict[str, Any]) -> TableClients:
@@ -116,6 +122,7 @@ class LazyClients:
 
 def _named(sample: Any, client: str) -> dict[str, Tensor]:
     if isinstance(sample, dict):
+        _refuse_mask(sample, f"a sample of client {client!r}")
         return {name: torch.as_tensor(value) for name, value in sample.items()}
     if isinstance(sample, (tuple, list)) and len(sample) == 2:
         return {"input": torch.as_tensor(sample[0]), "target": torch.as_tensor(sample[1])}
