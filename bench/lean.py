@@ -123,7 +123,7 @@ def _row(task: str, seed: int, runs: dict[str, dict[str, Any]]) -> dict[str, Any
         "bytes_fedadam": spent["fedadam"],
         "bytes_lean": spent["lean"],
         "byte_ratio": ratio,
-        "points_lost": 100 * (_best(adam) - _best(lean)),
+        "points_lost": 100 * (_best(adam) - _best(lean)) if _best(lean) > -math.inf else None,
         "time_ratio": time,
         "best_fedadam": _best(adam),
         "best_fedavg": _best(avg),
@@ -137,6 +137,12 @@ def _row(task: str, seed: int, runs: dict[str, dict[str, Any]]) -> dict[str, Any
 def _floor(best: float) -> float:
     """Half of the metric, or twice the error, of FedAdam: what falls below has diverged."""
     return LOST * best if best > 0 else best / LOST
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known; a run without a finite metric has none, and counts as a failure."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _geomean(values: Sequence[float]) -> float | None:
@@ -178,7 +184,7 @@ def _figures(
             "d": mine[0]["d"],
             "byte_ratio": _geomean(reached),
             "reached": len(reached),
-            "points_lost": sum(row["points_lost"] for row in mine) / len(mine),
+            "points_lost": _mean([row["points_lost"] for row in mine]),
             "time_ratio": _geomean(times),
             "fedavg_reached": sum(row["fedavg_reached"] for row in mine),
             "diverged": sum(row["diverged"] for row in mine),
@@ -190,7 +196,7 @@ def _figures(
     figures: dict[str, Any] = {
         "tasks": per_task,
         "byte_ratio_geomean": _geomean(ratios),
-        "points_lost_mean": sum(one["points_lost"] for one in per_task.values()) / len(per_task),
+        "points_lost_mean": _mean([one["points_lost"] for one in per_task.values()]),
         "failures": failures,
         "diverged": sum(row["diverged"] for row in rows),
         "n": {"tasks": len(per_task), "seeds": len(seeds), "rounds": {task: TASKS[task][4] for task in per_task}},
