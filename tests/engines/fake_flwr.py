@@ -84,3 +84,18 @@ class Grid:
                 reply = self.nodes[entry[1].node](entry[1])
                 found += [] if reply is None else [reply]
         return found
+
+
+def shipped(app):
+    """The client's file of a bundle, run as Flower would."""
+    space = {"__name__": "taciturn_client", "__file__": str(app / "taciturn_client.py")}
+    exec(compile((app / "taciturn_client.py").read_text(), "taciturn_client.py", "exec"), space)
+    return space["client"]
+
+
+def node(app, state, which, of, **told):
+    """A node of a grid; told: more of its node config."""
+    client = shipped(app)
+    config = {"partition-id": which, "num-partitions": of, "state-dir": str(state)} | told
+    context = SimpleNamespace(node_config=config, run_config={})
+    return lambda message: client.handlers[message.kind](message, context)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import taciturn
-from engines.fake_flwr import Grid, Message, modules
+from engines.fake_flwr import Grid, Message, modules, node
 from taciturn import Method, data, participation, solvers
 from taciturn.cli.common import experiment_of
 from taciturn.core.errors import ConfigError, RunError, WireError
@@ -34,21 +34,6 @@ def experiment(clients=4, rounds=2, **fields) -> Experiment:
     task = TaskSpec(data.digits(clients=clients, split=data.dirichlet(alpha=0.5)), linear())
     method = Method(solver=solvers.sgd(lr=0.1), participation=participation.all(), batch_size=32)
     return Experiment(task, method, rounds=rounds, engine="loopback", **fields)
-
-
-def shipped(app):
-    """The client's file of a bundle, run as Flower would."""
-    space = {"__name__": "taciturn_client", "__file__": str(app / "taciturn_client.py")}
-    exec(compile((app / "taciturn_client.py").read_text(), "taciturn_client.py", "exec"), space)
-    return space["client"]
-
-
-def node(app, state, which, of):
-    client = shipped(app)
-    context = SimpleNamespace(
-        node_config={"partition-id": which, "num-partitions": of, "state-dir": str(state)}, run_config={}
-    )
-    return lambda message: client.handlers[message.kind](message, context)
 
 
 @pytest.mark.parametrize("desks", [pytest.param(False, marks=pytest.mark.slow), True])

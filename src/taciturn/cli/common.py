@@ -29,7 +29,7 @@ Data = Annotated[str, typer.Option("--data", help="folder or file of the recipe'
 def experiment_of(source: str, settings: list[str] | None, data: str, **changes: Any) -> Experiment:
     """The experiment of a recipe or a TOML file, with values changed. Errors: `ConfigError`, `UnknownName`."""
     if source.endswith(".toml") or Path(source).is_file():
-        table = config.read_toml(Path(source))
+        table = config.read_experiment(Path(source))
         if data:
             config.set_path(table, "data.path", data)
     elif source in RECIPES:

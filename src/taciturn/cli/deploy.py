@@ -1,4 +1,4 @@
-"""taciturn deploy init | up | status | desk | readmit | down."""
+"""taciturn deploy outline | init | up | status | desk | readmit | down."""
 
 from __future__ import annotations
 
@@ -10,16 +10,46 @@ import typer
 from rich.markup import escape
 
 from taciturn.cli.common import Data, Progressing, Settings, experiment_of, out, print_summary
+from taciturn.core.errors import ConfigError
+from taciturn.core.state import write_atomic
 from taciturn.experiment import deployed, federation
 from taciturn.experiment.desk import serve as serve_desk
 from taciturn.experiment.recipes import check_data
 from taciturn.experiment.record import read_lines
 from taciturn.experiment.result import load
+from taciturn.tasks.data.files import part_of
+from taciturn.tasks.data.outline import merged_text
+from taciturn.tasks.spec import TaskSpec
 
-sites = typer.Typer(no_args_is_help=True, help="Run an experiment over Flower: init | up | status | readmit | down.")
+sites = typer.Typer(no_args_is_help=True, help="Run an experiment over Flower: outline | init | up | status | ..")
 
 Recipe = Annotated[str, typer.Option("--recipe", help="a recipe (taciturn ls) or a TOML file")]
 Place = Annotated[Path, typer.Argument(help="folder of the federation")]
+
+
+@sites.command()
+def outline(
+    files: Annotated[list[Path], typer.Argument(help="the TOML; with --merge the parts of sites 0, 1, .. in this order")],
+    merge: Annotated[bool, typer.Option("--merge", help="parts of all sites -> the outline")] = False,
+    to: Annotated[Path | None, typer.Option("-o", "--out", help="part.json, or with --merge outline.json")] = None,
+    settings: Settings = None,
+    data: Data = "",
+) -> None:
+    """What sites that have only their own data agree on before a run: sizes, columns, categories, classes, means; no
+    sample. At each site its part, from its own files; anywhere the merged outline, for data.outline of the TOML.
+    """
+    if merge:
+        target, text, what = to or Path("outline.json"), merged_text(files), "the outline of all; give it to every party"
+    else:
+        if len(files) != 1:
+            raise ConfigError(f"one TOML file; got {len(files)} files; parts are merged with --merge")
+        experiment = experiment_of(str(files[0]), settings, data)
+        if not isinstance(experiment.task, TaskSpec):
+            raise ConfigError(f"{files[0]}: an outline needs [data] with data.folder or data.table")
+        target, what = to or Path("part.json"), "this site's part: counts and sums, read it before you give it away"
+        text = part_of(experiment.task.data, experiment.seed)
+    write_atomic(target, [text.encode()])
+    out.print(escape(f"{target}: {what}"), soft_wrap=True)
 
 
 @sites.command()

@@ -2,8 +2,9 @@
 
 A message to a node holds the letters of the clients that live there: frames as `Array(stype="taciturn")`, whose bytes are
 what the ledger accounts, and orders as JSON in a `ConfigRecord`. Client i lives at the node whose `partition-id` is i mod
-`num-partitions`: with as many nodes as clients the partition is the client. No Strategy: a round is our own text, with
-push_messages and pull_messages beneath it. Needs `pip install 'taciturn[flower]'`.
+`num-partitions`: with as many nodes as clients the partition is the client. Where sites agreed on an outline, the number of
+the client's site stands in place of i. No Strategy: a round is our own text, with push_messages and pull_messages beneath
+it. Needs `pip install 'taciturn[flower]'`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ def modules(what: str = 'engine = "flower"') -> tuple[Any, Any]:
     except ImportError as error:
         raise ConfigError(f"{what} needs flwr ({error}): pip install 'taciturn[flower]'") from error
     return app, serverapp
+
+
+def at_home(client: int, homes: Sequence[int], which: int, of: int) -> bool:
+    """True if the node `which` of `of` has this client; homes [N]: site of each client, empty: its number."""
+    return (homes[client] if 0 <= client < len(homes) else client) % of == which
 
 
 def content_of(letters: Sequence[Letter]) -> Any:
@@ -67,11 +73,13 @@ def letters_of(content: Any) -> list[Letter]:
 class FlowerLine:
     """Letters over a grid. least: nodes to wait for, at most `patience` seconds; nodes: of each node, which of how many.
 
-    seconds: of every exchange so far; broken: what nodes answered that could not be read, and Flower's own errors.
+    homes [N]: the site of each client, where that was agreed on. seconds: of every exchange so far; broken: what nodes
+    answered that could not be read, and Flower's own errors.
     """
 
     grid: Any
     clients: int = 0
+    homes: Sequence[int] = ()
     least: int = 1
     patience: float = 600.0
     nodes: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -86,7 +94,7 @@ class FlowerLine:
             self._ask(sorted(online - self.nodes.keys()))
             here = [self.nodes[node] for node in sorted(online & self.nodes.keys())]
             if len(here) >= self.least:
-                return [i for i in range(self.clients) if any(i % of == which for which, of in here)]
+                return [i for i in range(self.clients) if any(at_home(i, self.homes, *part) for part in here)]
             if time.monotonic() - began > self.patience:
                 raise RunError(
                     f"{len(here)} nodes after {self.patience:.0f} s, and min-available-nodes is {self.least}: "
@@ -109,7 +117,7 @@ class FlowerLine:
 
     def place(self, client: int) -> int:
         """The node of a client; -1 if there is none."""
-        return next((node for node, (which, of) in self.nodes.items() if client % of == which), -1)
+        return next((node for node, part in self.nodes.items() if at_home(client, self.homes, *part)), -1)
 
     def exchange(self, letters: Sequence[Letter], seconds: float) -> Iterator[Letter]:
         """One message to each node that has letters, and the letters in the answers as they come."""
@@ -124,8 +132,10 @@ class FlowerLine:
             except WireError as error:
                 self.broken.append(f"node {node}: {error}")
                 continue
-            which, of = self.nodes[node]
-            yield from (letter for letter in found if letter.client % of == which)  # a node speaks for its own
+            part = self.nodes[node]
+            yield from (
+                letter for letter in found if at_home(letter.client, self.homes, *part)
+            )  # a node speaks for its own
         self.seconds.append(time.monotonic() - began)
 
     def _talk(self, told: dict[int, tuple[str, Any]], seconds: float) -> Iterator[tuple[int, Any]]:

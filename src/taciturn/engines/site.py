@@ -48,7 +48,8 @@ from taciturn.wire.format import Frame, Schema, pack
 @dataclass(frozen=True)
 class Site:
     """What all clients of a site share. folder: their state. fingerprint: of the experiment; key: of the run; facts
-    [N, ..]: of the clients' data, which the method asks for once.
+    [N, ..]: of the clients' data, which the method asks for once. absent: clients whose data are at other sites; homes
+    [N]: which site has each client, where that was agreed on.
     """
 
     work: Work
@@ -57,6 +58,8 @@ class Site:
     folder: Path
     fingerprint: str = ""
     facts: Record = field(default_factory=dict)
+    absent: frozenset[int] = frozenset()
+    homes: tuple[int, ...] = ()
 
     def trainer(self) -> Trainer:
         """One client at a time, as the loopback engine has it."""
@@ -83,6 +86,9 @@ def _do(site: Site, letter: Letter) -> Letter:
         raise WireError(f"there is no command {command!r}; commands are {', '.join(COMMANDS)}")
     if not 0 <= letter.client < len(site.work.task.train.sizes):
         raise WireError(f"client {letter.client} is not at this site")
+    if letter.client in site.absent:
+        name = site.work.task.train.names[letter.client]
+        raise RunError(f"client {letter.client} ({name!r}) has no data at this site; is data-path right?")
     if command == "hello":
         return letter.reply(_enrolment(site, letter.client))
     desk = _Desk(site, letter)

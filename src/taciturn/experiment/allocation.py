@@ -16,6 +16,7 @@ from torch import Tensor
 
 from taciturn.client import Work
 from taciturn.core import random
+from taciturn.core.errors import ConfigError
 from taciturn.core.payload import nbytes
 from taciturn.core.random import Key
 from taciturn.core.state import State
@@ -67,6 +68,11 @@ def facts_of(method: Method, task: BuiltTask) -> Record:
     policy = method.precision
     if not isinstance(policy, coarse | coarse_fine) or not policy.kappa:
         return {}
+    if task.data.homes:
+        raise ConfigError(
+            f"precision.{type(policy).__name__}: the server must know how many samples of each class clients have, which "
+            "an outline does not say; kappa = 0.0 does without, or choose another policy"
+        )
     counts = labels(task)
     return {"labels": counts.to(torch.int32)} if counts.any() else {}
 

@@ -130,6 +130,21 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
+def read_experiment(path: Path) -> dict[str, Any]:
+    """The table of an experiment's file; its outline is found from where the file lies. Errors: as `read_toml`."""
+    table = read_toml(path)
+    data = table.get("data")
+    if isinstance(data, dict) and isinstance(data.get("outline"), str):
+        data["outline"] = str(path.resolve().parent / Path(data["outline"]).expanduser())
+    return table
+
+
+def outline_of(experiment: Experiment) -> Path | None:
+    """The file on which sites agreed that have only their own data; None: all data are in one place."""
+    told = getattr(getattr(experiment.task, "data", None), "outline", None)
+    return Path(told).expanduser() if isinstance(told, str) else None
+
+
 def from_table(table: Mapping[str, Any]) -> Experiment:
     """The experiment of a table. Errors: `ConfigError` / `UnknownName` naming the path of the value."""
     rest = dict(table)

@@ -2,7 +2,8 @@
 
 The bundle holds the experiment's TOML as it was simulated, and two short Python files. Run config: `out` (the server's run
 folder; a run that is there goes on), `deadline` (seconds of a round), `min-available-nodes`. Node config: `partition-id`,
-`num-partitions`, `state-dir` (what the node's clients keep), and where needed `data-path` in place of data.path.
+`num-partitions`, `state-dir` (what the node's clients keep), and where needed `data-path` in place of data.path. Where
+sites have only their own data, the bundle holds the outline on which they agreed (tasks/data/outline.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from taciturn.client import Work
 from taciturn.core import random
-from taciturn.core.errors import ConfigError, DataError, require
+from taciturn.core.errors import ConfigError, DataError, RunError, require
 from taciturn.core.state import write_atomic
 from taciturn.core.types import SyncRule
 from taciturn.engines import flower
@@ -29,12 +30,14 @@ from taciturn.engines.letters import Letter, failed, order_of, order_text
 from taciturn.engines.site import Site, answer
 from taciturn.engines.sites import SECONDS, Sites
 from taciturn.experiment.allocation import facts_of
-from taciturn.experiment.config import from_table, read_toml, set_path, to_table, to_toml
+from taciturn.experiment.config import from_table, outline_of, read_experiment, set_path, to_table, to_toml
 from taciturn.experiment.experiment import DTYPES, Experiment
 from taciturn.experiment.record import MAY_DIFFER, RunFolder
 from taciturn.experiment.runner import prepare, restore, run
+from taciturn.tasks.built import BuiltTask
+from taciturn.tasks.data.outline import LOCAL, content
 
-TOML = "experiment.toml"
+TOML, OUTLINE = "experiment.toml", "outline.json"
 SETTINGS: dict[str, Any] = {"out": "run", "deadline": SECONDS, "min-available-nodes": 2}
 ELSEWHERE = ("engine", "block", "keep_gib", "device", "fleet")  # fields that change no bit of a deployed run
 SERVER = '''"""The server's half of the experiment beside this file, as a Flower app."""
@@ -50,7 +53,9 @@ LICENSE = "The experiment and its data belong to those who run it. The library i
 def fingerprint(experiment: Experiment) -> str:
     """Of all that must be the same at the server and at a site."""
     table = {k: v for k, v in to_table(experiment).items() if k not in (*MAY_DIFFER, *ELSEWHERE)}
-    data = {name: value for name, value in table.pop("data").items() if name != "path"}
+    data = {name: value for name, value in table.pop("data").items() if name not in LOCAL}
+    if (path := outline_of(experiment)) is not None:
+        data["outline"] = content(path)
     return hashlib.sha256(json.dumps([table, data], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -83,13 +88,23 @@ def bundle(experiment: Experiment, folder: Path, **settings: Any) -> Path:
         TOML: to_toml(experiment),
         "LICENSE": LICENSE,
     }
+    if (path := outline_of(experiment)) is not None:
+        content(path)  # an outline that cannot be read is said now
+        texts |= {TOML: to_toml(with_outline(experiment, Path(OUTLINE))), OUTLINE: path.read_text(encoding="utf-8")}
     for name, text in texts.items():
         write_atomic(folder / name, [text.encode()])
     return folder
 
 
+def with_outline(experiment: Experiment, path: Path) -> Experiment:
+    """The same experiment, with its outline elsewhere."""
+    table = to_table(experiment)
+    table["data"]["outline"] = str(path)
+    return from_table(table)
+
+
 def _experiment(folder: Path, data_path: str = "") -> Experiment:
-    table = read_toml(folder / TOML)
+    table = read_experiment(folder / TOML)
     if data_path:
         set_path(table, "data.path", data_path)
     return from_table(table)
@@ -100,7 +115,9 @@ def site_of(experiment: Experiment, folder: Path) -> Site:
     method, seed = experiment.method.secret(), experiment.seed
     task = experiment.task.build(seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
     work = Work(task, method.split(task.model, task.tracked), method.solver, method.codec)
-    return Site(work, method, random.key(seed), folder, fingerprint(experiment), facts_of(method, task))
+    absent = frozenset(i for i, name in enumerate(task.train.names) if name in set(task.data.absent))
+    facts, homes = facts_of(method, task), task.data.homes
+    return Site(work, method, random.key(seed), folder, fingerprint(experiment), facts, absent, homes)
 
 
 @lru_cache(maxsize=4)
@@ -112,12 +129,14 @@ def serve(experiment: Experiment, line: flower.FlowerLine, settings: dict[str, A
     """Run the experiment over a line; a run that the folder `out` holds goes on. What crossed is in `carried.json`."""
     settings = SETTINGS | settings
     out = Path(str(settings["out"])).expanduser().resolve()
+    experiment = _keeping(experiment, out)
     line.least, name = int(settings["min-available-nodes"]), hashlib.sha256(str(out).encode()).hexdigest()[:8]
     made: list[Sites] = []
 
     def sites(work: Work, sync: SyncRule) -> Sites:
         mark = fingerprint(experiment)
-        line.clients = len(work.task.train.sizes)
+        assert isinstance(work.task, BuiltTask)
+        line.clients, line.homes = len(work.task.train.sizes), work.task.data.homes
         made.append(Sites(line, work, sync, name + mark, mark, float(settings["deadline"])))
         return made[-1]
 
@@ -135,6 +154,21 @@ def serve(experiment: Experiment, line: flower.FlowerLine, settings: dict[str, A
     print(f"taciturn: done, {len(result.history)} rounds", file=sys.stderr, flush=True)
 
 
+def _keeping(experiment: Experiment, out: Path) -> Experiment:
+    """The experiment with its outline in the run folder, where a run that goes on finds it, wherever the app lies then.
+
+    Errors: `RunError` if the run began with another.
+    """
+    if (path := outline_of(experiment)) is None:
+        return experiment
+    kept = out / OUTLINE
+    if kept.exists() and content(kept) != content(path):
+        raise RunError(f"{out} began with another outline than {path}; choose another `out`, or give back that of {kept}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(kept, [path.read_bytes()])
+    return with_outline(experiment, kept)
+
+
 def server_app(file: str) -> Any:
     """The server's app of the bundle that `file` is in."""
     folder = Path(file).resolve().parent
@@ -148,13 +182,13 @@ def at_node(told: dict[str, Any], letter: Letter) -> Letter:
         if needed not in node:
             return letter.reply(error=f"--node-config: {needed} is missing; got {sorted(node)}")
     which, of = int(node["partition-id"]), int(node["num-partitions"])
-    if letter.client % of != which:
-        return letter.reply(error=f"client {letter.client} is not at this node ({which} of {of})")
     torch.set_num_threads(1)
     try:
         site = _site(Path(told["app"]), str(node["state-dir"]), str(node.get("data-path", "")))
     except Exception as error:  # the user's data or model at this node
         return failed(letter, error)
+    if not flower.at_home(letter.client, site.homes, which, of):
+        return letter.reply(error=f"client {letter.client} is not at this node ({which} of {of})")
     return answer(site, letter)
 
 

@@ -80,6 +80,11 @@ def prepare(experiment: Experiment, header: dict[str, Any] | None = None, **faul
     """Build task, split, engine and server; nothing is trained. header: of the run that is resumed."""
     method = experiment.method.secret() if experiment.engine == "flower" else experiment.method
     task = experiment.task.build(experiment.seed, experiment.device, DTYPES[experiment.dtype], method.partition.prepare)
+    if experiment.engine != "flower" and (absent := task.data.absent):
+        shown = ", ".join(absent[:8])
+        raise DataError(
+            f"the data of {len(absent)} clients are not here ({shown}); train them where they are: taciturn deploy"
+        )
     split = method.split(task.model, task.tracked)
     work = Work(task, split, method.solver, method.codec)
     key = random.key(experiment.seed)

@@ -85,6 +85,48 @@ class TableClients:
 
 
 @dataclass(frozen=True)
+class PartClients:
+    """Clients of which all sizes are known, and of some the samples are elsewhere: an `example` [..] stands for each.
+
+    here: those whose samples are here, of these sizes; place [N]: their numbers in it, -1 elsewhere. Without an example
+    nothing can be fetched of a client that is elsewhere. Errors: `DataError` naming it.
+    """
+
+    fixed: ClassVar[bool] = True
+    names: tuple[str, ...]
+    sizes: Tensor
+    place: Tensor
+    here: TableClients | None
+    example: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, sizes: dict[str, int], here: TableClients | None, example: dict[str, Tensor]) -> PartClients:
+        """From {client name: samples}, in order."""
+        mine = {name: i for i, name in enumerate(here.names)} if here is not None else {}
+        place = torch.tensor([mine.get(name, -1) for name in sizes], dtype=torch.int64)
+        return cls(tuple(sizes), torch.tensor(list(sizes.values()), dtype=torch.int64), place, here, example)
+
+    def fetch(self, ids: Tensor, index: Tensor, keys: Key | None = None) -> Batch:
+        """Samples `index` [m, b] of clients `ids` [m] -> {name: [m, b, ..]}."""
+        place = self.place[ids]
+        mine = place >= 0
+        if self.here is not None and bool(mine.all()):
+            return self.here.fetch(place, index, keys)
+        if not self.example:
+            raise DataError(f"the data of client {self.names[int(ids[~mine][0])]!r} are not here")
+        batch = {name: value.expand(*index.shape, *value.shape).clone() for name, value in self.example.items()}
+        if self.here is not None and bool(mine.any()):
+            for name, values in self.here.fetch(place[mine], index[mine]).items():
+                batch[name][mine.to(values.device)] = values
+        return batch
+
+    def to(self, device: torch.device | str) -> PartClients:
+        """The same clients with their samples on a device."""
+        example = {name: value.to(device) for name, value in self.example.items()}
+        return replace(self, here=None if self.here is None else self.here.to(device), example=example)
+
+
+@dataclass(frozen=True)
 class LazyClients:
     """One map-style dataset a client; samples are read when a batch needs them.
 
@@ -135,7 +177,8 @@ class Federation:
 
     kind: "classification" (targets int64, `outputs` classes), "regression" (targets float32 [outputs]) or "text" (targets
     int64 [l], the next of `outputs` tokens at each place, -100 for padding). A split is any `Clients`; one with a method
-    `to(device)` is moved, others make their batches where they are needed.
+    `to(device)` is moved, others make their batches where they are needed. absent: names of clients whose samples are not
+    here; homes [N]: the site of each client, where an outline says it.
     """
 
     train: Clients
@@ -145,6 +188,8 @@ class Federation:
     test: Clients | None = None
     central: Clients | None = None
     note: str = ""
+    absent: tuple[str, ...] = ()
+    homes: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str) -> Federation:
         """The same federation on a device."""
@@ -159,14 +204,20 @@ def hold_out(
 
     A client keeps at least one training sample; one with too few samples has no held-out part (left out of that split).
     """
-    require(0 <= test < 1 and 0 <= validation < 1 and test + validation < 1, f"{test=}, {validation=}: fractions below 1")
     parts: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
     for number, (name, rows) in enumerate(owners.items()):
-        rows = np.asarray(rows)
-        order = rows[random.permutation(random.fold(random.key(seed), "hold_out", number), len(rows)).numpy()]
-        n_test, n_val = int(test * len(rows)), int(validation * len(rows))
-        cut = (order[n_test + n_val :], order[n_test : n_test + n_val], order[:n_test])
-        for part, index in zip(parts, cut, strict=True):
+        key = random.fold(random.key(seed), "hold_out", number)
+        for part, index in zip(parts, divided(rows, key, test=test, validation=validation), strict=True):
             if len(index):
-                part[name] = np.sort(index)
+                part[name] = index
     return parts
+
+
+def divided(rows: Any, key: Key, *, test: float = 0.0, validation: float = 0.0) -> tuple[Any, Any, Any]:
+    """One client's rows -> (train, validation, test) rows, each ascending, drawn at random from a key []."""
+    require(0 <= test < 1 and 0 <= validation < 1 and test + validation < 1, f"{test=}, {validation=}: fractions below 1")
+    rows = np.asarray(rows)
+    order = rows[random.permutation(key, len(rows)).numpy()]
+    n_test, n_val = int(test * len(rows)), int(validation * len(rows))
+    cut = order[n_test + n_val :], order[n_test : n_test + n_val], order[:n_test]
+    return np.sort(cut[0]), np.sort(cut[1]), np.sort(cut[2])

@@ -7,26 +7,39 @@ used (a date). Frame = {column name: Column} of one client. From frames to a fed
     -> impute with the mean of the client's training rows, or of all training rows where a client has none
     -> standardize the numbers with mean and std over ALL clients' training rows (a constant column gets std 1)
 
-One-hot and flag columns stay 0/1. In a deployment the categories, the classes, the means for imputation and the two
-vectors of mean and std would be statistics that the clients share before training; here they are computed in one place.
+One-hot and flag columns stay 0/1. The categories, the classes, the means for imputation and the two vectors of mean and
+std are statistics over all clients (outline.py): merged here, or read from an outline that sites agreed on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from taciturn.core.errors import DataError, require, unknown
-from taciturn.tasks.data.clients import Federation, LazyClients, Samples, hold_out
+from taciturn.core import random
+from taciturn.core.errors import DataError, require
+from taciturn.core.random import Key
+from taciturn.tasks.data.clients import Federation, LazyClients, PartClients, Samples, TableClients, divided
 from taciturn.tasks.data.columns import SUFFIXES, Array, Frame, as_texts, by_owner, plain, read, stem
+from taciturn.tasks.data.outline import (
+    Outline,
+    Table,
+    check,
+    in_order,
+    means,
+    merge,
+    part_text,
+    read_outline,
+    settings_of,
+    survey,
+)
 from taciturn.tasks.data.splits import federation
-
-CATEGORIES = 256  # more different texts in a column are taken for a mistake
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +52,8 @@ class folder:
     kind "classification": the sorted different targets (whole numbers, flags or texts) are the classes 0..C-1;
     "regression": target / `target_scale`, float32 [1]. test, validation: fractions of each client's rows, at random.
     standardize and missing values: see the top of this file; what was done is in `Federation.note`.
+    outline: the file on which sites with only their own data agreed (`taciturn deploy outline`); clients without a file
+    here are then known by their sizes alone.
     Errors: `DataError` naming file and column.
     """
 
@@ -51,13 +66,18 @@ class folder:
     standardize: bool = True
     target_scale: float = 1.0
     delimiter: str = ","
+    outline: str | None = None
 
     def load(self, seed: int) -> Federation:
         """-> the federation of this seed."""
+        return _loaded(self, seed)
+
+    def frames(self) -> dict[str, Frame]:
+        """The files that are here, by client."""
         place = Path(self.path).expanduser()
         if not place.is_dir():
             raise DataError(f"{place} is {'a file, not a folder' if place.exists() else 'not there'}; give a folder")
-        found = sorted(file for file in place.iterdir() if stem(file) and file.is_file())
+        found = sorted((file for file in place.iterdir() if stem(file) and file.is_file()), key=lambda file: file.name)
         if not found:
             raise DataError(f"{place} holds no file that ends in {', '.join(SUFFIXES)}; each one would be a client")
         frames: dict[str, Frame] = {}
@@ -65,7 +85,7 @@ class folder:
             if stem(file) in frames:
                 raise DataError(f"{file} and {frames[stem(file)].file} would both be client {stem(file)!r}; rename one")
             frames[stem(file)] = read(file, delimiter=self.delimiter)
-        return build(frames, self, seed)
+        return frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +105,15 @@ class table:
     standardize: bool = True
     target_scale: float = 1.0
     delimiter: str = ","
+    outline: str | None = None
 
     def load(self, seed: int) -> Federation:
         """-> the federation of this seed."""
-        return build(by_owner(read(Path(self.path).expanduser(), delimiter=self.delimiter), self.owner), self, seed)
+        return _loaded(self, seed)
+
+    def frames(self) -> dict[str, Frame]:
+        """The rows that are here, by client."""
+        return by_owner(read(Path(self.path).expanduser(), delimiter=self.delimiter), self.owner)
 
 
 def datasets(given: Sequence[Samples], names: Sequence[str] | None = None) -> LazyClients:
@@ -106,34 +131,139 @@ def datasets(given: Sequence[Samples], names: Sequence[str] | None = None) -> La
 # ------------------------------------------------------------------------------------------------------ building
 
 
-def build(frames: dict[str, Frame], source: Any, seed: int) -> Federation:
-    """Frames by client and the fields of a source (target, inputs, kind, test, ..) -> its federation."""
-    require(source.kind in ("classification", "regression"), f"kind: classification or regression; got {source.kind!r}")
-    require(source.target_scale > 0, f"target_scale: above 0; got {source.target_scale}")
-    inputs, notes = _choose(frames, source.target, source.inputs)
-    frames, dropped = _with_target(frames, source.target)
-    if dropped:
-        notes.append(f"{dropped} rows without {source.target!r} dropped")
-    ends = np.cumsum([frame.rows for frame in frames.values()])
-    owners = {name: np.arange(end - frame.rows, end) for (name, frame), end in zip(frames.items(), ends, strict=True)}
-    target, outputs, note = _targets(frames, source)
-    parts = hold_out(owners, test=source.test, validation=source.validation, seed=seed)
-    blocks = [_encode(frames, name) for name in inputs]
-    values = np.concatenate([block for block, _, _ in blocks], axis=1)
-    labels = [label for _, names, _ in blocks for label in names]
-    scaled = np.array([kind == "number" for _, names, kind in blocks for _ in names])
-    values, filled = impute(values, owners, parts[0], labels)
+def _loaded(source: folder | table, seed: int) -> Federation:
+    """The federation of the user's files. With an outline a path where nothing is has no client."""
+    settings = settings_of(source, seed)
+    outline = None if source.outline is None else read_outline(Path(source.outline).expanduser(), settings)
+    nothing = outline is not None and not (source.path and Path(source.path).expanduser().exists())
+    frames = {} if nothing else source.frames()
+    frames = {name: frames[name] for name in in_order(list(frames), settings)}
+    return build(frames, source, _keys(frames, seed), outline)
+
+
+def _keys(frames: dict[str, Frame], seed: int) -> dict[str, Key]:
+    """Of each client's draw of held-out rows: by its name, so that who else takes part changes nothing."""
+    return {name: random.fold(random.key(seed), "hold_out", name) for name in frames}
+
+
+def part_of(source: Any, seed: int) -> str:
+    """What a site gives away for an outline (outline.py), from its own files, as JSON. Errors: `DataError`."""
+    if not isinstance(source, folder | table):
+        raise DataError(f"an outline is of data.folder or data.table; got {type(source).__name__}")
+    frames = source.frames()
+    _, surveys, _, _ = surveyed(frames, source, _keys(frames, seed))
+    return part_text(surveys, settings_of(source, seed))
+
+
+def build(frames: dict[str, Frame], source: Any, keys: dict[str, Key], outline: Outline | None = None) -> Federation:
+    """Frames by client and the fields of a source (target, inputs, kind, test, ..) -> its federation.
+
+    keys: of each client's draw of held-out rows. outline: agreed on, of more clients than are here.
+    """
+    frames, surveys, parts, dropped = surveyed(frames, source, keys)
+    where = {name: frame.file for name, frame in frames.items()}
+    if outline is None:
+        fields = ("target", "inputs", "kind")
+        outline = merge(surveys, where, {name: getattr(source, name) for name in fields})
+    else:
+        check(surveys, where, outline, Path(source.outline))
+    values, target, filled = _encoded(frames, surveys, outline, source)
+    labels, clients = outline.labels, outline.clients
+    if source.standardize and outline.scaled.any():
+        values = np.where(outline.scaled, (values - np.array(outline.center)) / np.array(outline.scale), values)
+    rows = sum(sum(one["samples"]) for one in clients.values())
+    shown = ", ".join(labels[:24]) + (", .." if len(labels) > 24 else "")
+    notes = [f"{len(clients)} clients, {rows} rows", _told(source, outline), f"{len(labels)} inputs: {shown}"]
+    notes += [f"columns without numbers left out: {', '.join(outline.left_out)}"] if outline.left_out else []
+    notes += [f"{dropped} rows without {source.target!r} dropped"] if dropped else []
     if filled:
         notes.append(f"{filled} missing values imputed with the mean of the client's training rows, or of all")
-    if source.standardize and scaled.any():
-        values = np.where(scaled, standardize(values, parts[0]), values)
+    if source.standardize and outline.scaled.any():
         notes.append("numbers standardized with mean and std over all clients' training rows")
-    shape = frames[next(iter(frames))].column(inputs[0]).values.shape[1:] if len(inputs) == 1 else ()
-    shown = ", ".join(labels[:24]) + (", .." if len(labels) > 24 else "")
-    notes = [f"{len(frames)} clients, {len(values)} rows", note, f"{len(labels)} inputs: {shown}", *notes]
-    fields = {"input": torch.from_numpy(values.astype(np.float32)).reshape(len(values), *(shape or (len(labels),)))}
-    fields["target"] = torch.from_numpy(target)
-    return federation(fields, parts, kind=source.kind, outputs=outputs, note="; ".join(notes))
+    outputs = len(outline.target["classes"]) or 1
+    tables = {"input": torch.from_numpy(values.astype(np.float32)).reshape(len(values), *outline.shape)}
+    tables["target"] = torch.from_numpy(target)
+    if outline.clients.keys() <= frames.keys():
+        found = federation(tables, parts, kind=source.kind, outputs=outputs, note="; ".join(notes))
+    else:
+        found = _partly(tables, parts, outline, kind=source.kind, outputs=outputs, note="; ".join(notes))
+    return replace(found, homes=tuple(one["site"] for one in clients.values()) if getattr(source, "outline", None) else ())
+
+
+def surveyed(
+    frames: dict[str, Frame], source: Any, keys: dict[str, Key]
+) -> tuple[dict[str, Frame], Table, tuple[dict[str, Any], dict[str, Any], dict[str, Any]], int]:
+    """-> (frames of the rows that have a target, surveys, rows of (train, validation, test) by client, rows dropped).
+
+    Rows are numbered through all frames.
+    """
+    require(source.kind in ("classification", "regression"), f"kind: classification or regression; got {source.kind!r}")
+    require(source.target_scale > 0, f"target_scale: above 0; got {source.target_scale}")
+    frames, dropped = _with_target(frames, source.target)
+    parts: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
+    surveys: Table = {}
+    first = 0
+    for name, frame in frames.items():
+        cut = divided(np.arange(frame.rows), keys[name], test=source.test, validation=source.validation)
+        surveys[name] = survey(frame, cut[0], [len(rows) for rows in cut], source)
+        for part, rows in zip(parts, cut, strict=True):
+            if len(rows):
+                part[name] = rows + first
+        first += frame.rows
+    return frames, surveys, parts, dropped
+
+
+def _encoded(frames: dict[str, Frame], surveys: Table, outline: Outline, source: Any) -> tuple[Array, Array, int]:
+    """-> inputs without gaps [S, F] float64, targets ([S] int64, or [S, 1] float32), how many values were missing."""
+    values, targets, filled = [np.zeros((0, len(outline.labels)))], [], 0
+    classes = np.array(outline.target["classes"])
+    for name, frame in frames.items():
+        blocks = [_encode(frame, column, told) for column, told in outline.inputs.items()]
+        block = np.concatenate(blocks, axis=1)
+        missing = np.isnan(block)
+        values.append(np.where(missing, means(surveys[name], outline), block))
+        filled += int(missing.sum())
+        mine = frame.column(source.target).values.reshape(frame.rows)
+        mine = mine.astype(str) if outline.target["kind"] == "text" else mine
+        regression = source.kind == "regression"
+        targets.append(mine / source.target_scale if regression else np.searchsorted(classes, mine))
+    joined = np.concatenate(targets) if targets else np.zeros(0)
+    target = joined.astype(np.float32)[:, None] if source.kind == "regression" else joined.astype(np.int64)
+    return np.concatenate(values), target, filled
+
+
+def _encode(frame: Frame, name: str, told: Table) -> Array:
+    """A column -> [n, k] float64 with NaN for missing; texts one-hot."""
+    if told["kind"] != "text":
+        return frame.column(name).values.reshape(frame.rows, -1)
+    found, texts = told["texts"], as_texts(frame.column(name), name, frame.file)
+    rows = [[np.nan] * len(found) if t is None else [t == c for c in found] for t in texts]
+    return np.array(rows, dtype=float).reshape(frame.rows, len(found))
+
+
+def _told(source: Any, outline: Outline) -> str:
+    """The target, for the note."""
+    if source.kind == "regression":
+        return f"target {source.target!r}" + (f" in units of {source.target_scale:g}" if source.target_scale != 1 else "")
+    classes = outline.target["classes"]
+    shown = ", ".join(plain(value) for value in classes[:12]) + (", .." if len(classes) > 12 else "")
+    return f"target {source.target!r} with classes {shown}"
+
+
+def _partly(fields: dict[str, Tensor], parts: Sequence[dict[str, Any]], outline: Outline, **facts: Any) -> Federation:
+    """The federation of an outline, of whose clients some have their samples here."""
+    example = {"input": torch.linspace(0.5, 1.5, len(outline.labels)).reshape(outline.shape)}  # its mean is not 0
+    example["target"] = torch.zeros(() if facts["kind"] == "classification" else (1,), dtype=fields["target"].dtype)
+    splits: list[PartClients | None] = []
+    for place, part in enumerate(parts):
+        sizes = {name: one["samples"][place] for name, one in outline.clients.items() if one["samples"][place]}
+        here = TableClients.of(fields, part) if part else None
+        splits.append(PartClients.of(sizes, here, {} if place else example) if sizes else None)
+    train, validation, test = splits
+    if train is None:
+        raise DataError("there is no client")
+    absent = tuple(name for name in outline.clients if name not in parts[0])
+    return Federation(train, validation=validation, test=test, absent=absent, **facts)
 
 
 def impute(values: Array, owners: dict[str, Any], train: dict[str, Any], labels: Sequence[str]) -> tuple[Array, int]:
@@ -170,30 +300,6 @@ def _sums(values: Array) -> tuple[Array, Array]:
     return np.where(np.isnan(values), 0.0, values).sum(axis=0, dtype=np.float64), (~np.isnan(values)).sum(axis=0)
 
 
-def _choose(frames: dict[str, Frame], target: str, inputs: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """The names of the inputs, and notes."""
-    for frame in frames.values():
-        frame.column(target)
-    if inputs is not None:
-        if not inputs or target in inputs or len(set(inputs)) != len(inputs):
-            raise DataError(f"inputs: different columns other than the target {target!r}; got {list(inputs)}")
-        for frame in frames.values():
-            for name in inputs:
-                frame.column(name)
-        return list(inputs), []
-    names = list(dict.fromkeys(name for frame in frames.values() for name in frame.columns if name != target))
-    kinds = {name: {frame.columns[name].kind for frame in frames.values() if name in frame.columns} for name in names}
-    chosen = [name for name in names if kinds[name] - {"empty"} and kinds[name] <= {"number", "flag", "empty"}]
-    left_out = [name for name in names if name not in chosen]
-    for name in chosen:
-        for frame in frames.values():
-            if name not in frame.columns:
-                raise DataError(f"{unknown('column', name, frame.columns, frame.file)}; other files have it: set inputs")
-    if not chosen:
-        raise DataError(f"no column but {target!r} holds numbers; name the inputs; columns: {', '.join(names) or 'none'}")
-    return chosen, [f"columns without numbers left out: {', '.join(left_out)}"] if left_out else []
-
-
 def _with_target(frames: dict[str, Frame], target: str) -> tuple[dict[str, Frame], int]:
     """The rows that have a target, and how many have none."""
     kept, dropped = {}, 0
@@ -210,77 +316,3 @@ def _with_target(frames: dict[str, Frame], target: str) -> tuple[dict[str, Frame
         kept[name] = frame if here.all() else frame.take(np.flatnonzero(here))
         dropped += int((~here).sum())
     return kept, dropped
-
-
-def _kind(frames: dict[str, Frame], name: str) -> str:
-    """The kind of a column over all files. Errors: `DataError` naming both files when they disagree."""
-    seen: dict[str, Frame] = {}
-    for frame in frames.values():
-        seen.setdefault(frame.column(name).kind, frame)
-    seen.pop("empty", None)
-    kinds = set(seen)
-    if kinds <= {"number", "flag"}:
-        return "flag" if kinds == {"flag"} else "number"
-    if kinds == {"text"}:
-        return "text"
-    other = next((kind for kind in seen if kind not in ("number", "flag", "text")), "")
-    if other:
-        raise DataError(f"{seen[other].file}: column {name!r} is {other}; make it a number or a text")
-    text = seen.pop("text")
-    first = next(value for value in text.column(name).values if value is not None)
-    raise DataError(
-        f"column {name!r} is text in {text.file} (such as {first!r}) but numbers in {next(iter(seen.values())).file}"
-    )
-
-
-def _targets(frames: dict[str, Frame], source: Any) -> tuple[Array, int, str]:
-    """-> target ([S] int64, or [S, 1] float32), outputs, a note."""
-    name, kind = source.target, _kind(frames, source.target)
-    values = np.concatenate([frame.column(name).values.reshape(frame.rows) for frame in frames.values()])
-    if kind != "text":
-        _check_finite(values, name)
-    if source.kind == "regression":
-        if kind == "text":
-            file = next(frame.file for frame in frames.values() if frame.column(name).kind == "text")
-            raise DataError(f"{file}: regression needs numbers; the target {name!r} is text such as {values[0]!r}")
-        unit = f" in units of {source.target_scale:g}" if source.target_scale != 1 else ""
-        return (values / source.target_scale).astype(np.float32)[:, None], 1, f"target {name!r}{unit}"
-    if kind != "text" and (values % 1 != 0).any():
-        bad = values[values % 1 != 0][0]
-        raise DataError(
-            f"the target {name!r} has {bad:g}, which is no class: classes are whole numbers, flags or texts; "
-            'for other numbers set kind = "regression"'
-        )
-    classes, codes = np.unique(values.astype(str) if kind == "text" else values, return_inverse=True)
-    if len(classes) < 2:
-        raise DataError(f"the target {name!r} is {plain(classes[0])!r} in every row of every client; nothing to learn")
-    shown = ", ".join(plain(value) for value in classes[:12]) + (", .." if len(classes) > 12 else "")
-    return codes.reshape(-1).astype(np.int64), len(classes), f"target {name!r} with classes {shown}"
-
-
-def _encode(frames: dict[str, Frame], name: str) -> tuple[Array, list[str], str]:
-    """A column of all clients -> (values [S, k] float64 with NaN for missing, k labels, kind)."""
-    kind = _kind(frames, name)
-    if kind == "text":
-        texts = np.concatenate([as_texts(frame.column(name), name, frame.file) for frame in frames.values()])
-        found = sorted({text for text in texts if text is not None})
-        if len(found) > CATEGORIES:
-            raise DataError(
-                f"column {name!r} holds {len(found)} different texts (up to {CATEGORIES}); leave it out of inputs"
-            )
-        one_hot = np.array([[np.nan] * len(found) if t is None else [t == c for c in found] for t in texts], dtype=float)
-        return one_hot, [f"{name}={text}" for text in found], kind
-    shapes = {frame.column(name).values.shape[1:]: frame.file for frame in frames.values()}
-    if len(shapes) > 1:
-        raise DataError(
-            f"column {name!r} has different shapes: {', '.join(f'{list(s)} in {f}' for s, f in shapes.items())}"
-        )
-    values = np.concatenate([frame.column(name).values for frame in frames.values()])
-    values = values.reshape(len(values), -1)
-    _check_finite(values[~np.isnan(values)], name)
-    return values, [name] if values.shape[1] == 1 else [f"{name}[{i}]" for i in range(values.shape[1])], kind
-
-
-def _check_finite(values: Array, name: str) -> None:
-    if np.isinf(values).any():
-        raise DataError(f"column {name!r} holds infinite values; mark them as missing")

@@ -213,7 +213,8 @@ class heart:
         columns["disease"] = Column("number", np.where(np.isnan(num), np.nan, num > 0))
         inputs = tuple(name for name in columns if name not in ("dataset", "disease"))
         asked = _Asked("disease", inputs, self.test, self.validation, self.standardize)
-        return build(by_owner(Frame(columns, frame.file), "dataset"), asked, seed)
+        frames, key = by_owner(Frame(columns, frame.file), "dataset"), random.fold(random.key(seed), "hold_out")
+        return build(frames, asked, {name: random.fold(key, i) for i, name in enumerate(frames)})
 
 
 @dataclass(frozen=True, slots=True)
