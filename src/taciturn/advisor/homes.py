@@ -139,10 +139,10 @@ def _tried(pilot: Pilot) -> tuple[dict[str, Tensor], dict[str, float], float, st
     shared = [n for n in split.layout.names if n == name or n.startswith(f"{name}.")]
     if not isinstance(part, full):
         return f"The partition is {type(part).__name__}; heads are tried where all is shared."
-    if not isinstance(module, nn.Linear) or module.weight.shape[0] * module.weight.shape[1] > 200_000:
-        return f"The last layer ({name}) is no linear layer of at most 200,000 weights, so no head was tried."
     if len(shared) == len(split.layout.names):
         return "The head is the whole model: to keep it at home is to share nothing."
+    if not isinstance(module, nn.Linear) or module.weight.shape[0] * module.weight.shape[1] > 200_000:
+        return f"The last layer ({name}) is no linear layer of at most 200,000 weights, so no head was tried."
     held = held_out(pilot)
     if len(held.places) < FEWEST:
         return f"{len(held.places)} clients have enough samples for a trial; it takes {FEWEST}."

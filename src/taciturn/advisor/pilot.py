@@ -234,14 +234,14 @@ def _draw(blocks: Iterator[Block], ids: Tensor, draws: int) -> tuple[Tensor, Ten
 
 
 def _drift(run: Any, server: ServerState, ids: Tensor, share: Tensor, steps: float, key: Key) -> tuple[int, float, float]:
-    """(k, mean |u|^2 after k local steps, after 2 k) from x, k half of a round's; NaN where a client's is not finite."""
-    k = max(1, round(steps / 2))
+    """(k, mean |u|^2 after k local steps, after 2 k) from x, k half of a round's: FEWEST drifts or one of each client."""
+    k, draws = max(1, round(steps / 2)), math.ceil(FEWEST / len(ids))
     found = []
     for n in (k, 2 * k):
-        squares = torch.full((len(ids),), math.nan, dtype=torch.float64)
-        for block in _blocks(run, server, every(steps=n), ids, [key]):
-            squares[torch.searchsorted(ids, block.ids)] = block.updates.to(torch.float64).square().sum(1).cpu()
-        found.append(float((share * squares).sum()))
+        squares = torch.zeros(len(ids), dtype=torch.float64)
+        for block in _blocks(run, server, every(steps=n), ids, [random.fold(key, r) for r in range(draws)]):
+            squares[torch.searchsorted(ids, block.ids)] += block.updates.to(torch.float64).square().sum(1).cpu()
+        found.append(float((share * squares).sum()) / draws)
     return k, found[0], found[1]
 
 
