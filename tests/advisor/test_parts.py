@@ -129,7 +129,7 @@ def test_a_fast_link_needs_nothing_and_a_slow_one_codec_and_sync(monkeypatch):
     parts = {"parts": ["codec", "sync"]}
     fast = advised(monkeypatch, *moved(*pair, fleet.Profile("slow", launch=1e-3)), mbit=1000.0, **parts)
     assert fast.whole.plain.startswith("Plain FedAvg is enough") and fast.method == pair[0].method
-    assert fast.whole.parts["sync"].numbers["share"] < 0.1
+    assert fast.whole.parts["sync"].numbers["share"] < 0.1 and fast.whole.parts["sync"].choice == "as it is"
     thin = advised(monkeypatch, *pair, mbit=0.01, **parts)
     assert not thin.whole.plain and thin.method.codec != Method().codec and isinstance(thin.method.sync, sync.fda)
     assert thin.method.sync.monitor == "naive" and thin.method.sync.price.up == pytest.approx(1250)

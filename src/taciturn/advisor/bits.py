@@ -123,7 +123,7 @@ def _few(
     """The model will be used with so many bits: quantized after training, or trained on it by all, or by who has time."""
     lost, ratio = _worse(pilot, costs[bits]), seconds[f"qat{bits}"] / seconds[f"ptq{bits}"]
     if lost <= POINT:
-        cost = f"{100 * max(lost, 0.0):.2g}"
+        cost = f"{abs(100 * max(lost, 0.0)):.2g}"
         why = f"{bits} bits cost {cost} points here, so train in float32 and quantize at the end (taciturn export)."
         if (isinstance(codec, quantize) and codec.bits != bits) or hasattr(codec, "codec"):
             more = f"The fragment leaves float32: under ptq{bits} the codec quantize would send {bits} bits a value."

@@ -29,6 +29,7 @@ WITHIN = 1.1  # of the least predicted cost: what fda is within of the best inte
 LONGEST = (
     10  # epochs of an interval that is advised to servers with a memory of steps (docs/fda.md, where rounds of 20 fail)
 )
+CHEAPEST = 0.5  # epochs that messages cost, below which the law was never measured (docs/fda.md: 1 to 100)
 GRID = (1, 2, 3, 5, 10, 20, 40)
 
 
@@ -58,7 +59,7 @@ def sync_part(pilot: Pilot, line: Line, up: float) -> Part:
     """every(..) or fda(), for messages of `up` bytes (those of the codec that is advised)."""
     now, rule = timing(pilot, line.clock, up, pilot.bytes_down), pilot.end.method.sync
     p, rho = exponent(pilot.end.drift), now.rho
-    best = adaptive().goal(p, rho) if rho > 0 else 0.0
+    best = adaptive().goal(p, rho) if rho >= CHEAPEST else 0.0
     ratios = {n: cost(n, best, rho) for n in GRID} if best > 0 else {}
     mine = cost(now.epochs, best, rho) if best > 0 else 1.0
     numbers = {
@@ -68,7 +69,7 @@ def sync_part(pilot: Pilot, line: Line, up: float) -> Part:
     }  # fmt: skip
     said = [
         f"On {line.told} a round takes {now.seconds:.3g} s, {now.work:.3g} s of it local work: messages take "
-        f"{100 * now.share:.0f} %, as much as rho = {rho:.3g} local epochs. The slowest client sends {up:.0f} bytes in "
+        f"{100 * now.share:.2g} %, as much as rho = {rho:.3g} local epochs. The slowest client sends {up:.0f} bytes in "
         f"{up / line.profile.up:.2g} s, gets {pilot.bytes_down:.0f} in {pilot.bytes_down / line.profile.down:.2g} s and "
         f"waits {line.profile.latency:.2g} s.",
         f"The clients' drift grows as n^p with p = {p:.2f} (two lengths of local work, measured).",
@@ -85,6 +86,9 @@ def _chosen(pilot: Pilot, line: Line, now: Timing, mine: float, best: float) -> 
     rule = pilot.end.method.sync
     if not isinstance(rule, every):
         return f"{type(rule).__name__}, as it is", keep, 1.0, ("The rule finds its intervals itself.",)
+    if not best:
+        why = f"Messages cost less than {CHEAPEST} local epochs: the law was not measured there, and they are not what is dear."
+        return "as it is", keep, 1.0, (why,)
     if mine <= WITHIN:
         why = f"Your {now.epochs:.3g} epochs a round cost {mine:.2f} of the least by that law; fda() is no nearer to it."
         return "as it is", keep, 1.0, (why,)
