@@ -87,7 +87,7 @@ def _chosen(pilot: Pilot, line: Line, now: Timing, mine: float, best: float) -> 
     if not isinstance(rule, every):
         return f"{type(rule).__name__}, as it is", keep, 1.0, ("The rule finds its intervals itself.",)
     if not best:
-        why = f"Messages cost less than {CHEAPEST} local epochs: the law was not measured there, and they are not what is dear."
+        why = f"Messages cost less than {CHEAPEST} local epochs: the law was not measured there, nor are they dear."
         return "as it is", keep, 1.0, (why,)
     if mine <= WITHIN:
         why = f"Your {now.epochs:.3g} epochs a round cost {mine:.2f} of the least by that law; fda() is no nearer to it."
