@@ -7,6 +7,7 @@ True
 """
 
 from taciturn import aggregation, codecs, fleet, methods, participation, partition, precision, server, solvers, sync
+from taciturn.advisor import advise
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import TaciturnError
 from taciturn.experiment.config import read_fleet
@@ -35,6 +36,7 @@ __all__ = [
     "TaciturnError",
     "Task",
     "TaskSpec",
+    "advise",
     "aggregation",
     "codecs",
     "data",

@@ -8,26 +8,26 @@ the pilot cannot tell them apart, and says so.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import tomli_w
 import torch
-from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from taciturn.advisor.law import Law, law_of
+from taciturn.advisor.part import line_of, timing
 from taciturn.advisor.pilot import Pilot, run_pilot
 from taciturn.advisor.rank import CONFIDENCE, Budget, Forecast, forecasts, memory_gain, weigh
+from taciturn.advisor.whole import NAMES, Asked, Whole, advised, whole_of
 from taciturn.codecs import identity
 from taciturn.core import random
-from taciturn.core.errors import ConfigError, require
+from taciturn.core.errors import ConfigError, require, unknown
 from taciturn.experiment.config import PARTS, build_part, from_table, to_table
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.spelled import spelled
+from taciturn.method import Method
 
 CLOSE = 0.01
 CANDIDATES: dict[str, str] = {
@@ -78,7 +78,11 @@ def candidates(names: Sequence[str] | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Advice:
-    """ranked: predicted codecs, best first; tied: names that cannot be told from the best; apart: those not predicted."""
+    """ranked: predicted codecs, best first; tied: names that cannot be told from the best; apart: those not predicted.
+
+    toml: of the codec alone; whole: all parts, whether plain FedAvg is enough, and the method that is advised; seconds:
+    that looking at the parts took, beside the pilot and the codecs.
+    """
 
     ranked: tuple[Forecast, ...]
     tied: tuple[str, ...]
@@ -88,6 +92,13 @@ class Advice:
     by: str
     budget: Budget
     known: Law
+    whole: Whole
+    seconds: float
+
+    @property
+    def method(self) -> Method:
+        """The advised method, all parts."""
+        return self.whole.method
 
     @property
     def best(self) -> Forecast:
@@ -115,11 +126,15 @@ class Advice:
             "recommended": self.best.name, "tied": list(self.tied), "ranked_by": self.by, "codecs": plain,
             "budget": {"bytes_up": self.budget.bytes, "mbit": self.budget.mbit, "latency": self.budget.latency},
             "pilot": facts, "reasons": list(self.reasons), "limits": list(LIMITS), "toml": self.toml,
+            "plain": self.whole.plain, "method": self.whole.toml, "notes": list(self.whole.notes), "seconds": self.seconds,
+            **{name: _json(part.table()) for name, part in self.whole.parts.items()},
         }  # fmt: skip
 
 
 def _json(value: Any) -> Any:
-    if isinstance(value, tuple):
+    if isinstance(value, Mapping):
+        return {name: _json(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
         return [_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -132,12 +147,15 @@ def advise(
     mbit: float | None = None,
     latency: float = 0.0,
     pilot_rounds: int | None = None,
+    parts: Sequence[str] | None = None,
 ) -> Advice:
-    """Run a pilot and rank codecs for this experiment.
+    """Run a pilot, rank codecs for this experiment, and look at the other parts of its method.
 
     budget: bytes up of all clients together (what the experiment would send without compression, unless given): ranked by
     the loss at its end. mbit, latency (seconds): of each client's link: ranked by the time to the loss that the run
-    without compression is predicted to reach. Errors: `ConfigError` for both or for nonsense; those of the pilot.
+    without compression is predicted to reach. parts: those to look at (all; without "codec" none but identity is ranked);
+    their seconds are those of the experiment's fleet, on the link where one is given. Errors: `ConfigError` for both or for
+    nonsense; those of the pilot.
     """
     require(
         budget is None or mbit is None, "advise: give --budget (bytes) or --link (time), not both; they rank differently"
@@ -145,12 +163,14 @@ def advise(
     require(budget is None or budget > 0, f"--budget: above 0 bytes; got {budget}")
     require(mbit is None or mbit > 0, f"--link: above 0 Mbit/s; got {mbit}")
     require(latency >= 0 and (mbit is not None or latency == 0), "--latency: at least 0 ms, and only together with --link")
-    chosen = candidates(codecs)
+    names = _parts(parts)
+    chosen = candidates(codecs if "codec" in names else ["identity"])
     found = run_pilot(experiment, pilot_rounds)
     known = law_of(found)
     plain = weigh(identity(), found, random.key(0)) * found.cohort_clients
     spent = budget if budget is not None else plain * experiment.rounds
-    limit = Budget(spent, mbit, latency)
+    line = line_of(found, mbit, latency, _fleet(experiment))
+    limit = Budget(spent, mbit, latency, timing(found, line.clock, 0.0, 0.0).work)
     require(
         spent >= plain * (len(found.curve) - 1) / 4,
         f"--budget: {spent:.3g} bytes are less than a quarter of what the pilot itself would send up; give more, or fewer "
@@ -167,7 +187,22 @@ def advise(
     tied = tuple(row.name for row in ranked[1:] if tie(ranked[0], row, by))
     toml = _toml(experiment, ranked[0])
     reasons = (*_reasons(ranked, tied, known, limit, word, by), *_server(type(experiment.method.server).__name__))
-    return Advice(ranked, tied, apart, reasons, toml, by, limit, known)
+    began = time.perf_counter()
+    whole = whole_of(experiment, found, line, ranked, tied, Asked(names, budget))
+    return Advice(ranked, tied, apart, reasons, toml, by, limit, known, whole, time.perf_counter() - began)
+
+
+def _fleet(experiment: Experiment) -> str:
+    """Its name, "" where none is given."""
+    return experiment.fleet if isinstance(experiment.fleet, str) else "of your own" if experiment.fleet else ""
+
+
+def _parts(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Parts by name, all of them unless given. Errors: `UnknownName`."""
+    for name in names or ():
+        if name not in NAMES:
+            raise unknown("part", name, NAMES, "--part")
+    return NAMES if not names else tuple(name for name in NAMES if name in names)
 
 
 def order(rows: Sequence[Forecast], by: str) -> tuple[tuple[Forecast, ...], tuple[Forecast, ...]]:
@@ -225,12 +260,9 @@ def _memory(known: Law, best: Forecast, found: Pilot) -> tuple[str, dict[str, An
 
 def _toml(experiment: Experiment, best: Forecast) -> str:
     """The fragment that makes the experiment use the codec; it was loaded before it is shown."""
-    method = experiment.method.encoded(best.codec)
-    scaled = type(method.server).__name__ == "sgd" and best.factor != 1.0
-    if scaled:
-        method = method.replace(server=type(method.server)(lr=method.server.lr * best.factor))  # type: ignore[attr-defined, call-arg]
+    method = advised(experiment.method, best)
     table = to_table(experiment.replace(method=method))
-    changed = ["codec", *["server"] * scaled, *["aggregator"] * (method.aggregator != experiment.method.aggregator)]
+    changed = ["codec"] + [n for n in ("server", "aggregator") if getattr(method, n) != getattr(experiment.method, n)]
     part = {name: table["method"][name] for name in changed}
     if "custom" not in (table["data"]["name"], table["model"]["name"]):
         from_table(table)
@@ -281,39 +313,6 @@ def _server(name: str) -> tuple[str, ...]:
     if name == "averaged":
         return ("The server averages its iterates; the losses are those of the last one. Q is about the average.",)
     return (f"The server is {name}; the forecast takes plain SGD steps in its place, so trust it less.",)
-
-
-def show(advice: Advice) -> Group:
-    """Table, reasons, fragment and limits, for a terminal."""
-    pilot, best = advice.known.pilot, advice.best
-    linked = advice.budget.mbit is not None
-    headings = ["", "codec", "bytes", "rounds", "step", "loss (90 %)", "Q (90 %)", *(["to target"] if linked else [])]
-    table = Table(box=None, header_style="bold")
-    for heading in headings:
-        wide = heading in ("loss (90 %)", "Q (90 %)")  # these give way where the terminal is narrow
-        table.add_column(heading, no_wrap=not wide, min_width=None if wide else len(heading))
-    for place, row in enumerate(advice.ranked, 1):
-        mark = "tie" if row.name in advice.tied or (advice.tied and place == 1) else str(place)
-        loss, ratio = _span(row.loss, row.low, row.high), _span(row.ratio, row.ratio_low, row.ratio_high)
-        when = [f"{row.seconds:.3g} s" if math.isfinite(row.seconds) else "never"] if linked else []
-        table.add_row(mark, escape(row.name), f"{row.bytes:.0f}", str(row.rounds), f"{row.factor:g}", loss, ratio, *when)
-    for row in advice.apart:
-        table.add_row("-", escape(row.name), f"{row.bytes:.0f}", str(row.rounds), *(["-"] * len(headings[4:])))
-    cost = pilot.cost
-    head = (
-        f"pilot: {cost['rounds']:.0f} rounds without compression, then {cost['messages']:.0f} messages at loss "
-        f"{pilot.loss:.4g}, in {cost['seconds']:.0f} s; d = {pilot.d}, {pilot.cohort_clients} clients a round, "
-        f"{pilot.steps:.3g} local steps; {advice.known.basis.note}"
-    )
-    lines: list[Any] = [head, "", table, "", f"recommended: {best.name}"]
-    lines += [f"- {reason}" for reason in advice.reasons]
-    lines += [f"- {row.name}: not predicted, {row.why}" for row in advice.apart]
-    lines += ["", advice.toml.rstrip(), "", "limits:", *(f"- {limit}" for limit in LIMITS)]
-    return Group(*(Text(line) if isinstance(line, str) else line for line in lines))
-
-
-def _span(value: float, low: float, high: float) -> str:
-    return f"{value:.3g} ({low:.3g} {high:.3g})"
 
 
 def parse_bytes(text: str) -> float:

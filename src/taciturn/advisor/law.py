@@ -64,7 +64,7 @@ def _binned(nodes: Tensor, to: Tensor, energies: Tensor) -> Tensor:
     return on_grid(to, nodes.expand(len(flat), -1), flat).reshape(*energies.shape[:-1], len(to))
 
 
-def _bootstrap(client: Tensor, weights: Tensor, whole: bool, key: Key, samples: int = BOOTSTRAP) -> Tensor:
+def bootstrap(client: Tensor, weights: Tensor, whole: bool, key: Key, samples: int = BOOTSTRAP) -> Tensor:
     """Weights [B, n] of messages: clients with replacement, unless all there are were sampled (`whole`), then messages of
     each; row 0 is the sample itself.
     """
@@ -90,7 +90,7 @@ def law_of(pilot: Pilot, basis: Basis | None = None, key: Key | None = None) -> 
     key = random.key(0) if key is None else key
     basis = spectrum(pilot.curvature, random.fold(key, "spectrum")) if basis is None else basis
     sent, client, weights = pilot.messages.to(torch.float32), pilot.client, pilot.weights
-    boot = _bootstrap(client, weights, pilot.whole, key)
+    boot = bootstrap(client, weights, pilot.whole, key)
     counts = torch.bincount(client, minlength=len(weights)).to(torch.float64)
     means = torch.zeros(len(weights), pilot.d).index_add_(0, client, sent) / counts.to(torch.float32).unsqueeze(1)
     mean = (boot[:1].to(torch.float32) @ sent).squeeze(0)
@@ -115,12 +115,12 @@ def law_of(pilot: Pilot, basis: Basis | None = None, key: Key | None = None) -> 
         nodes = torch.logspace(math.log10(FLOOR * top), math.log10(top), BINS, dtype=torch.float64)
     terrain = Terrain(nodes, pilot.gamma, pilot.steps, pilot.decay, pilot.loss)
     signal = _binned(basis.nodes, nodes, signal).clamp(min=0.0)
-    spread = _rho(sent, client, means, boot, counts)
+    spread = heterogeneity(sent, client, means, boot, counts)
     tails = _tails((sent - means[client]).square().sum(1).to(torch.float64), boot[0])
     return Law(pilot, basis, rows, part, sent - mean, personal, within, outer, signal, *spread, terrain, tails)
 
 
-def _rho(sent: Tensor, client: Tensor, means: Tensor, boot: Tensor, counts: Tensor) -> tuple[float, float, float]:
+def heterogeneity(sent: Tensor, client: Tensor, means: Tensor, boot: Tensor, counts: Tensor) -> tuple[float, float, float]:
     """rho = mean ||m_i - mbar||^2 / mean tr Cov_i, corrected for the noise of m_i, and 90 % of the bootstrap."""
     unbias = (counts / (counts - 1).clamp(min=1))[client]
     own = (sent - means[client]).square().sum(1).to(torch.float64) * unbias

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,21 +26,40 @@ from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import ConfigError, MethodError, RunError, require
 from taciturn.core.random import Key
-from taciturn.core.types import OK, Block, Cast, Plan
+from taciturn.core.state import State
+from taciturn.core.types import OK, Block, Cast
 from taciturn.core.vector import Vector
-from taciturn.engines import LocalEngine, build
+from taciturn.engines import build
 from taciturn.engines.crew import Alone
 from taciturn.engines.modes import trainer
 from taciturn.experiment.experiment import Experiment
 from taciturn.experiment.runner import prepare
+from taciturn.experiment.simulated import Times
 from taciturn.method import Method
 from taciturn.round import ServerState, fed_round, plan_round, train
+from taciturn.sync import every
 
 CLIENTS = 40  # clients that are sampled at most
 MESSAGES = 320  # messages in all
 VALUES = 200_000_000  # floats of all messages (0.8 GB)
 FEWEST = 24  # messages below which nothing is predicted
 SAMPLES = 2048  # samples of the curvature
+
+
+@dataclass(frozen=True)
+class End:
+    """Where the pilot ended, for the parts of a method. method: the user's; ids [S] of the sampled
+    clients, own: what each keeps, rows [S, ..]; cohorts: ids of each pilot round; drift: (k, mean |u|^2 after k local
+    steps, the same after 2 k), k half of a round's, minibatches alike.
+    """
+
+    method: Method
+    server: ServerState
+    times: Times
+    ids: Tensor
+    own: State
+    cohorts: tuple[Tensor, ...]
+    drift: tuple[int, float, float]
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ class Pilot:
     after 0 .. P pilot rounds, on the samples of the curvature; steps: local steps of a
     round, mean; gamma: step size of a local step; cohort: messages averaged in a round, as an effective number; share:
     cohort over all clients; whole: all clients were sampled; bytes_down: of a client and round; overhead:
-    bytes up beside the packed update (frame, statistics); cost: what the pilot took, as a record.
+    bytes up beside the packed update (frame, statistics); cost: what the pilot took, as a record; end: what is left.
     """
 
     x: Vector
@@ -71,6 +91,7 @@ class Pilot:
     overhead: float
     seconds_round: float
     cost: dict[str, float]
+    end: End = field(repr=False)
 
     @property
     def d(self) -> int:
@@ -114,12 +135,16 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     ids = _sampled(len(sizes), random.fold(key, "pilot"))
     draws = _draws(work.split.layout.d, len(ids), messages)
     with closing(run.engine.crew):
-        path, server, seconds, (up, down), cohort = _train(run, rounds)
-        sent, client, did = _draw(run.engine, work, server, method, ids, draws, key, experiment)
-    weights = method.aggregator.weigh(sizes)
+        path, server, seconds, (up, down), cohorts = _train(run, rounds)
+        cohort = len(cohorts[-1])
+        keys = [random.fold(key, "pilot", r) for r in range(draws)]
+        sent, client, did = _draw(_blocks(run, server, method.sync, ids, keys), ids, draws)
+        share = (weights := method.aggregator.weigh(sizes))[ids].to(torch.float64)
+        share = share / share.sum()
+        drift = _drift(run, server, ids, share, float((did * share).sum()), random.fold(key, "drift"))
+        end = End(experiment.method, server, run.times, ids, run.engine.store.read(ids), cohorts, drift)
     curvature = _curvature(work, server.x, ids, weights[ids], random.fold(key, "curvature"))
     curve = torch.tensor([replace(curvature, x=x).loss() for x in path], dtype=torch.float64)
-    share = weights[ids].to(torch.float64) / weights[ids].to(torch.float64).sum()
     steps = float((did * share).sum())
     gamma, note = _step_size(method, method.solver.schedule(server.round), sent.mean(0), curvature, steps)
     effective = float(weights.sum() ** 2 / weights.square().sum()) * cohort / len(sizes)
@@ -129,7 +154,7 @@ def run_pilot(experiment: Experiment, rounds: int | None = None, messages: int =
     return Pilot(
         server.x, sent, client, share, curve, curvature, steps, gamma, note, decay, effective,
         cohort / len(sizes), cohort, len(ids) == len(sizes), down,
-        up - work.split.x0.element_size() * work.split.layout.d, seconds, cost,
+        up - work.split.x0.element_size() * work.split.layout.d, seconds, cost, end,
     )  # fmt: skip
 
 
@@ -146,60 +171,58 @@ def _draws(d: int, clients: int, messages: int) -> int:
     return max(2, math.ceil(FEWEST / clients), min(messages, most) // clients)
 
 
-def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, tuple[float, float], int]:
-    """-> models along the way, server, seconds of the fastest round, bytes of a client in the last (up, down), cohort."""
+def _train(run: Any, rounds: int) -> tuple[list[Vector], ServerState, float, tuple[float, float], tuple[Tensor, ...]]:
+    """-> models along the way, server, seconds of the fastest round, bytes of a client in the last (up, down), cohorts."""
     server, sizes, method = run.server, run.task.train.sizes, run.method
-    path, seconds, cohort, kinds = [server.x], [], 0, {}
+    path, seconds, cohorts, kinds = [server.x], [], [], {}
     for r in range(rounds):
         key = random.fold(run.key, "round", r)
         ids = method.participation.draw(r, key, torch.ones(len(sizes), dtype=torch.bool))
-        start, cohort = time.perf_counter(), len(ids)
+        start = time.perf_counter()
         server, _ = fed_round(server, ids, sizes[ids], method, run.engine, run.work.split, key)
         seconds.append(time.perf_counter() - start)
         path.append(server.x)
+        cohorts.append(ids)
         kinds = run.engine.post.ledger.close_round()["by_kind"]
     if not torch.isfinite(server.x).all():
         raise RunError("advise: the pilot diverged without compression; lower method.solver.lr")
     sent = [
-        sum(e["payload"] + e["frame"] for k, e in kinds.items() if k.startswith(way) and not k.endswith("/setup")) / cohort
+        sum(e["payload"] + e["frame"] for k, e in kinds.items() if k.startswith(way) and not k.endswith("/setup"))
+        / len(cohorts[-1])
         for way in ("up/", "down/")
     ]
-    return path, server, min(seconds), (sent[0], sent[1]), cohort
+    return path, server, min(seconds), (sent[0], sent[1]), tuple(cohorts)
 
 
 def _sampled(n: int, key: Key) -> Tensor:
     return torch.arange(n) if n <= CLIENTS else random.choice(key, n, CLIENTS).sort().values
 
 
-def _draw(
-    engine: LocalEngine,
-    work: Work,
-    server: ServerState,
-    method: Method,
-    ids: Tensor,
-    draws: int,
-    key: Key,
-    experiment: Experiment,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> messages [n, d] float32, client [n], local steps of each client in the mean [m]: each sampled client `draws`
-    times, from x, with keys of each draw's own.
-    """
-    single = method.replace(broadcast=Broadcast(identity()))
+def _blocks(run: Any, server: ServerState, rule: Any, ids: Tensor, keys: Sequence[Key]) -> Iterator[Block]:
+    """Uploads of the sampled clients, trained from x as long as the sync rule says, once with each key; nothing is kept."""
+    work, experiment = run.work, run.experiment
+    single = run.method.replace(broadcast=Broadcast(identity()), sync=rule)
     cast = Cast(0, server.round, {"x": server.x}, ((0, {"values": server.x}),))
-    plan, stride = plan_round(server, ids, work.task.train.sizes[ids], single, key)
+    plan, stride = plan_round(server, ids, work.task.train.sizes[ids], single, run.key)
+    name = "stacked" if experiment.engine == "ray" else experiment.engine
+    other, path = build(name, work, single, run.key, block=experiment.block, each=True)
+    other.store.write(ids, run.engine.store.read(ids))
+    for key in keys:
+        other.crew = Alone(trainer(work, rule, single.batch_size, key, path))
+        train(other, rule, server.sync, cast, plan, stride)
+        yield from other.collect()
+
+
+def _draw(blocks: Iterator[Block], ids: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
+    """-> messages [n, d] float32, client [n], local steps of each client in the mean [m], of what is finite."""
     rows: list[Tensor] = []
     owners: list[Tensor] = []
     steps: list[Tensor] = []
-    name = "stacked" if experiment.engine == "ray" else experiment.engine
-    other, path = build(name, work, single, key, block=experiment.block, each=True)
-    other.store.write(ids, engine.store.read(ids))
-    for r in range(draws):
-        other.crew = Alone(trainer(work, single.sync, single.batch_size, random.fold(key, "pilot", r), path))
-        for block in _messages(other, cast, plan, stride, single, server):
-            good = block.status == OK
-            rows.append(block.updates[good].to(torch.float32).cpu())
-            owners.append(torch.searchsorted(ids, block.ids[good]))
-            steps.append(block.stats["steps"][good].to(torch.float64))
+    for block in blocks:
+        good = block.status == OK
+        rows.append(block.updates[good].to(torch.float32).cpu())
+        owners.append(torch.searchsorted(ids, block.ids[good]))
+        steps.append(block.stats["steps"][good].to(torch.float64))
     sent, client = torch.cat(rows), torch.cat(owners)
     counts = torch.bincount(client, minlength=len(ids))
     if len(sent) < FEWEST or int((counts == 0).sum()):
@@ -210,12 +233,16 @@ def _draw(
     return sent, client, torch.bincount(client, torch.cat(steps), len(ids)) / counts
 
 
-def _messages(
-    engine: LocalEngine, cast: Cast, plan: Plan, stride: Tensor, method: Method, server: ServerState
-) -> list[Block]:
-    """Local training as in `fed_round`, up to the uploads; nothing is committed."""
-    train(engine, method.sync, server.sync, cast, plan, stride)
-    return list(engine.collect())
+def _drift(run: Any, server: ServerState, ids: Tensor, share: Tensor, steps: float, key: Key) -> tuple[int, float, float]:
+    """(k, mean |u|^2 after k local steps, after 2 k) from x, k half of a round's: FEWEST drifts or one of each client."""
+    k, draws = max(1, round(steps / 2)), math.ceil(FEWEST / len(ids))
+    found = []
+    for n in (k, 2 * k):
+        squares = torch.zeros(len(ids), dtype=torch.float64)
+        for block in _blocks(run, server, every(steps=n), ids, [random.fold(key, r) for r in range(draws)]):
+            squares[torch.searchsorted(ids, block.ids)] += block.updates.to(torch.float64).square().sum(1).cpu()
+        found.append(float((share * squares).sum()) / draws)
+    return k, found[0], found[1]
 
 
 def _curvature(work: Work, x: Vector, ids: Tensor, weights: Tensor, key: Key) -> Curvature:

@@ -70,17 +70,21 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Budget:
-    """bytes: up, of all clients together; megabits a second and seconds of latency of a client's link, if there is one."""
+    """bytes: up, of all clients together; megabits a second and seconds of latency of a client's link, if there is one;
+    work: seconds of a round's local work by the fleet's clock (None: those of the pilot on this machine).
+    """
 
     bytes: float
     mbit: float | None = None
     latency: float = 0.0
+    work: float | None = None
 
     def seconds(self, pilot: Pilot, up: float) -> float:
-        """Of one round: both ways over the client's link, one latency, and the pilot's computing."""
+        """Of one round: both ways over the client's link, one latency, and local work."""
         if self.mbit is None:
             return math.nan
-        return (up + pilot.bytes_down) * 8 / (self.mbit * 1e6) + self.latency + pilot.seconds_round
+        work = pilot.seconds_round if self.work is None else self.work
+        return (up + pilot.bytes_down) * 8 / (self.mbit * 1e6) + self.latency + work
 
 
 # ------------------------------------------------------------------------------------------------ one codec's noise

@@ -195,16 +195,19 @@ def advise(
     latency: Annotated[float, typer.Option(help="milliseconds a round, with --link")] = 0.0,
     codecs: Annotated[str, typer.Option(help="codecs to compare: quantize8,rand_k(share=0.25),..")] = "",
     pilot: Annotated[int | None, typer.Option(help="rounds of the pilot")] = None,
+    part: Annotated[str, typer.Option(help="of the method: codec,sync,rank,personal,precision,lean (default: all)")] = "",
+    fleet: Annotated[str, typer.Option(help="devices and lines: a name (taciturn ls) or FILE.toml")] = "",
     settings: Settings = None,
     data: Data = "",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
 ) -> None:
-    """Predict which codec suits this task, from a short pilot run."""
-    experiment = experiment_of(source, settings, data)
+    """What suits this task, from a short pilot run: codec, sync, rank, personal layers, precision; or plain FedAvg."""
+    experiment = experiment_of(source, settings, data, fleet=fleet or None)
     check_data(experiment, source)
     spent = parse_bytes(budget) if budget else None
     names = split_list(codecs) if codecs else None
-    advice = advise_on(experiment, codecs=names, budget=spent, mbit=link, latency=latency / 1000, pilot_rounds=pilot)
+    line: dict[str, Any] = {"mbit": link, "latency": latency / 1000}
+    advice = advise_on(experiment, codecs=names, budget=spent, pilot_rounds=pilot, parts=split_list(part) or None, **line)
     if as_json:
         print(json.dumps(advice.table()))
     else:
