@@ -140,7 +140,7 @@ def _floor(best: float) -> float:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are known; a run without a finite metric has none, and counts as a failure."""
+    """Of those that are known, None if none is: a run without a finite metric counts as a failure instead."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -310,11 +310,11 @@ def _print(figures: dict[str, Any], seeds: int) -> None:
         "task", "d", "times fewer bytes", "reached", "points lost", "simulated time", "FedAvg reached", "diverged"
     )
     for name, row in figures["tasks"].items():
-        ratio, time = row["byte_ratio"], row["time_ratio"]
+        ratio, time, lost = row["byte_ratio"], row["time_ratio"], row["points_lost"]
         table.add_row(
             name, f"{row['d']:,}", "-" if ratio is None else f"{ratio:.1f}", f"{row['reached']}/{seeds}",
-            f"{row['points_lost']:+.2f}", "-" if time is None else f"{time:.2f}", f"{row['fedavg_reached']}/{seeds}",
-            str(row["diverged"]),
+            "-" if lost is None else f"{lost:+.2f}", "-" if time is None else f"{time:.2f}",
+            f"{row['fedavg_reached']}/{seeds}", str(row["diverged"]),
         )  # fmt: skip
     console = Console(width=140)
     console.print(table)

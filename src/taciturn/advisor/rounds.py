@@ -26,9 +26,7 @@ from taciturn.sync.thresholds import adaptive
 Change: TypeAlias = Callable[[Method], Method]
 
 WITHIN = 1.1  # of the least predicted cost: what fda is within of the best interval, so no more can be promised
-LONGEST = (
-    10  # epochs of an interval that is advised to servers with a memory of steps (docs/fda.md, where rounds of 20 fail)
-)
+LONGEST = 10  # epochs of an interval advised to servers with a memory of steps (docs/fda.md, where rounds of 20 fail)
 CHEAPEST = 0.5  # epochs that messages cost, below which the law was never measured (docs/fda.md: 1 to 100)
 GRID = (1, 2, 3, 5, 10, 20, 40)
 

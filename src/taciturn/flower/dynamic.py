@@ -41,12 +41,12 @@ from taciturn.flower.between import (
     with_records,
     without,
 )
+from taciturn.flower.compress import TOLD as COMPRESS
 from taciturn.sync import fda
 
 TOLD = "taciturn.fda"
 HELD = "taciturn.fda/"  # records in the Context between two looks: the last reply's, and what it began from
 START = "taciturn.fda-start"
-COMPRESS = "taciturn.compress"
 LOG = logging.getLogger("flwr")
 
 
