@@ -139,8 +139,8 @@ def _lean(experiment: Experiment, pilot: Pilot, plain: float) -> Part:
     said = [
         f"Method.lean would send {sent:.0f} bytes up a message where float32 sends {plain:.0f} ({plain / sent:.3g} times "
         "less), and take up to four times as many rounds. It needed 7 to 100 times fewer bytes to FedAdam's target on six "
-        "tasks, the fewer the smaller the model; one of its twelve runs diverged. Take it where bytes are all that counts, "
-        "and measure: taciturn compare .. --methods fedavg,lean."
+        "tasks; one of its twelve runs diverged. Take it where bytes are all that counts, and measure: taciturn compare .. "
+        "--methods fedavg,lean."
     ]
     if pilot.d < FEW:
         said.append(f"With {pilot.d} values frames are most of what it sends: not here.")
