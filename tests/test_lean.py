@@ -42,7 +42,7 @@ def test_a_matrix_costs_its_factors_in_three_bits():
     up, down = (3 * values / 8 + 4 * values / 256 for values in (4 * 316 + 900 + 303, 2 * 316 + 2 * 303 + 303))
     for name, most in (("bytes_up", up), ("bytes_down", down)):
         spent = (second[name] - first[name]) / len(second["cohort"])
-        assert 0.4 * most < spent < most + 80, name
+        assert 0.5 * most < spent < 0.95 * most, name  # with its frame; without zstd a message has some 0.99 of it
 
 
 def test_a_memory_of_a_mean_gives_way_and_points_are_refused():
