@@ -32,7 +32,7 @@ from taciturn.core.types import Codec
 
 TUNING_SEED = 1000
 CLIENT_LR, SERVER_LR = (0.03, 0.1, 0.3, 1.0), (0.01, 0.03, 0.1)
-QUICK = ("digits-cnn", "mnist-deep", "cancer")
+QUICK = ("mnist-deep", "mnist-shards", "cancer")
 MORE, FEW = 4, 2  # rounds of the lean method for one of FedAdam; where it is changed
 LEVELS = (0.95, 0.96, 0.97, 0.98, 0.985)  # of FedAdam's best metric, in the search: one crossing alone is chance
 LOST = 0.5  # of the metric, below which a run has diverged

@@ -59,12 +59,11 @@ def _digits(split: Any) -> Any:
     return data.digits(clients=20, split=split, validation=0.1)
 
 
+Row = tuple[Any, Any, Any, int, int, str]
 # data, model, participation, batch size, rounds of FedAdam, folder that it needs
-TRAINING: dict[str, tuple[Any, Any, Any, int, int, str]] = {
+TRAINING: dict[str, Row] = {
     "mnist-skew": (_mnist(50, _skew(0.3)), models.mlp(hidden=(100,)), participation.uniform(count=10), 10, 40, ""),
     "digits-skew": (_digits(_skew(0.3)), models.mlp(hidden=(64,)), participation.uniform(count=8), 16, 40, ""),
-}
-UNSEEN: dict[str, tuple[Any, Any, Any, int, int, str]] = {
     "digits-cnn": (
         _digits(data.iid()),
         models.cnn(channels=(8, 16), hidden=64),
@@ -73,8 +72,6 @@ UNSEEN: dict[str, tuple[Any, Any, Any, int, int, str]] = {
         30,
         "",
     ),
-    "mnist-deep": (_mnist(25, data.iid()), models.mlp(hidden=(200, 100)), participation.uniform(count=5), 32, 30, ""),
-    "cancer": (Cancer(), models.mlp(hidden=(64, 32)), participation.uniform(count=4), 16, 30, ""),
     "activity": (
         data.activity(path=str(SHARED / "hapt"), window=64, step=256, validation=0.1),
         models.temporal(channels=(16, 32)),
@@ -90,6 +87,26 @@ UNSEEN: dict[str, tuple[Any, Any, Any, int, int, str]] = {
         32,
         30,
         "beijing_air",
+    ),
+}
+UNSEEN: dict[str, Row] = {
+    "mnist-deep": (_mnist(25, data.iid()), models.mlp(hidden=(200, 100)), participation.uniform(count=5), 32, 30, ""),
+    "mnist-shards": (
+        _mnist(30, data.shards(per_client=3)),
+        models.mlp(hidden=(64,)),
+        participation.uniform(count=8),
+        20,
+        30,
+        "",
+    ),
+    "cancer": (Cancer(), models.mlp(hidden=(64, 32)), participation.uniform(count=4), 16, 30, ""),
+    "turbofan": (
+        data.turbofan(path=str(SHARED / "cmapss"), validation=0.1),
+        models.temporal(channels=(16, 32)),
+        participation.uniform(count=10),
+        32,
+        30,
+        "cmapss",
     ),
     "heart": (
         data.heart(path=str(SHARED / "heart_disease"), validation=0.1),
@@ -116,23 +133,24 @@ def users(task: str, lr: float) -> Method:
 
 def without(method: Method, part: str, base: Method) -> Method:
     """The lean method with one of its parts as the user had it; "" for none."""
-    if part == "up":
-        return method.encoded(codecs.identity())
-    if part == "down":
-        return method.replace(broadcast=Broadcast(codecs.identity()))
-    if part == "start":
-        return method.replace(broadcast=replace(method.broadcast, start="sent"))
-    if part == "rounds":
-        return method.replace(sync=base.sync)
-    if part == "lossless":
-        down = replace(method.broadcast, codec=method.broadcast.codec.codec)
-        return method.encoded(codecs.error_feedback(method.codec.codec.codec)).replace(broadcast=down)
-    if part == "memory":
-        return method.encoded(method.codec.codec)
-    return method
+    memory, down = method.codec, method.broadcast
+    others = {
+        "up": lambda: method.encoded(codecs.identity()),
+        "down": lambda: method.replace(broadcast=Broadcast(codecs.identity())),
+        "start": lambda: method.replace(broadcast=replace(down, start="sent")),
+        "rounds": lambda: method.replace(sync=base.sync),
+        "memory": lambda: method.encoded(memory.codec),
+        "training on": lambda: method.encoded(replace(memory, into="message")),
+        "recent": lambda: method.replace(server=server.sgd()),
+        "bound": lambda: method.replace(solver=base.solver),
+        "lossless": lambda: method.encoded(replace(memory, codec=memory.codec.codec)).replace(
+            broadcast=replace(down, codec=down.codec.codec)
+        ),
+    }  # of "training on" the memory stays, as published: added to the message
+    return others[part]() if part else method
 
 
-PARTS = ("up", "down", "start", "rounds", "memory", "lossless")
+PARTS = ("up", "down", "start", "rounds", "memory", "training on", "recent", "bound", "lossless")
 
 
 @dataclass(frozen=True)
@@ -155,7 +173,8 @@ def made(job: Job) -> Method:
     """The method of a job."""
     base = users(job.task, job.lr)
     if job.chosen is not None:
-        return job.chosen.replace(participation=base.participation, solver=base.solver, batch_size=base.batch_size)
+        solver = base.solver if job.off == "bound" else Method.lean(base).solver
+        return job.chosen.replace(participation=base.participation, solver=solver, batch_size=base.batch_size)
     if job.method == "fedadam":
         return base.replace(server=server.adam(lr=job.server_lr))
     return without(Method.lean(base), job.off, base) if job.method == "lean" else base

@@ -23,7 +23,8 @@ def test_only_what_is_sent_and_when_is_changed(base):
     loud = base.replace(codec=codecs.cast(), server=server.adam(), sync=sync.every(epochs=3))
     found = Method.lean(loud)
     assert all(getattr(found, part) == getattr(base, part) for part in KEPT)
-    assert found == Method.lean(base) == Method.lean(found) and found.server == server.sgd()
+    assert found == Method.lean(base) == Method.lean(found)
+    assert found.server == (server.sgd() if isinstance(base.partition, partition.lora) else server.recent())
     assert isinstance(found.sync, sync.fda) and found.broadcast.start == "known"
     assert Method.lean() == Method.lean(Method())
 
@@ -43,6 +44,35 @@ def test_a_matrix_costs_its_factors_in_three_bits():
     for name, most in (("bytes_up", up), ("bytes_down", down)):
         spent = (second[name] - first[name]) / len(second["cohort"])
         assert 0.5 * most < spent < 0.95 * most, name  # with its frame; without zstd a message has some 0.99 of it
+
+
+@pytest.mark.parametrize(
+    ("solver", "clip", "into"),
+    [
+        (solvers.sgd(lr=0.25), 4.0, "start"),
+        (solvers.sgd(lr=0.25, clip=9.0), 9.0, "start"),
+        (solvers.adamw(lr=0.25), None, "start"),
+        (solvers.prox(0.1, solvers.sgd(lr=0.25)), None, "message"),
+    ],
+)
+def test_no_step_of_sgd_is_longer_than_one_and_who_measures_from_the_start_starts_there(solver, clip, into):
+    found = Method.lean(Method(solver=solver))
+    assert Method.lean(Method(solver=solver, codec=codecs.clip())).codec.codec.into == "message", "clip stands outermost"
+    assert getattr(found.solver, "clip", None) == clip and found.codec.into == into
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"solver": solvers.prox()}, "solver = prox measures from where it starts"),
+        ({"codec": codecs.lossless(codecs.error_feedback(into="start"))}, "let it stand outermost"),
+        ({"codec": codecs.clip(codecs.error_feedback(into="start"))}, "let it stand outermost"),
+    ],
+    ids=["prox", "lossless", "clip"],
+)
+def test_where_no_client_may_train_on_from_what_was_lost(parts, said):
+    with pytest.raises(MethodError, match=said):
+        Method(**{"codec": codecs.error_feedback(into="start")} | parts)
 
 
 def test_a_memory_of_a_mean_gives_way_and_points_are_refused():

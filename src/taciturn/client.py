@@ -43,6 +43,11 @@ class Work:
         """Of the vector that they send."""
         return self.split.layout if self.kind.trains is None else self.kind.trains.layout
 
+    @property
+    def apart(self) -> bool:
+        """Each client trains on from what its codec lost, so not all start from one point."""
+        return getattr(self.codec, "into", "message") == "start"
+
     def each_kind(self) -> list[Work]:
         """The work of every kind."""
         return [replace(self, number=k) for k in range(len(self.split.kinds))] or [self]
@@ -72,15 +77,21 @@ class Work:
 
 
 def begin(work: Work, start: Vector, own: State) -> State:
-    """Take up the model: start [d] is what the client holds, y = start unless the solver says otherwise."""
+    """Take up the model: start [d] is what the client holds, y = start unless solver or codec say otherwise."""
     return {
-        "solver": work.solver.begin(start, own["v"], own["solver"]),
+        "solver": work.solver.begin(start + _lost(work, own) if work.apart else start, own["v"], own["solver"]),
         "b": own["b"],
         "start": start,
         "done": torch.zeros_like(own["steps"]),
         "loss": start.new_zeros(()),
         "knobs": own.get("knobs", {}),
     }
+
+
+def _lost(work: Work, own: State) -> Vector:
+    """What the codec lost so far [d], zero outside of what clients of this kind train."""
+    lost: Vector = work.mine(own["tx"])["error"].to(work.split.x0.dtype)
+    return lost if work.kind.trains is None else work.kind.trains.fill(lost)
 
 
 def step(work: Work, held: State, local: State, batch: Batch, key: Key, lr_scale: Tensor) -> State:

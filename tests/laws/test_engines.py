@@ -45,12 +45,15 @@ OTHERS = {
     "cyclic": {"participation": participation.cyclic(count=3)},
     "available": {"participation": participation.available(count=4, probability=0.5, swing=1.0, period=3)},
     "all": {"participation": participation.all()},
+    "recent": {"server": server.recent()},
+    "start-adamw": {"codec": codecs.error_feedback(codecs.lowrank(rank=1), into="start"), "solver": solvers.adamw(lr=0.01)},
 } | {name: {"server": getattr(server, name)(lr=0.1)} for name in ("adagrad", "adam", "adamw", "momentum", "sgd", "yogi")}
 COMPRESSED = {
     "chain": codecs.chain(codecs.top_k(share=0.2), codecs.quantize8()),
     "difference": codecs.difference(codecs.quantize4()),
     "ef21": codecs.ef21(codecs.top_k(share=0.2)),
     "error_feedback": codecs.error_feedback(codecs.top_k(share=0.1)),
+    "error_feedback-start": codecs.error_feedback(codecs.top_k(share=0.1), into="start"),
     "lossless": codecs.lossless(codecs.quantize2()),
     "lowrank": codecs.error_feedback(codecs.lowrank(rank=2)),
     "partial": codecs.partial(p=0.7),

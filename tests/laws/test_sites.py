@@ -8,7 +8,7 @@ import torch
 from conftest import Net, make_task
 from drive import drive
 from engines.fake_line import line_of, sites_of
-from taciturn import Method, aggregation, codecs, methods, participation, partition, precision, solvers, sync
+from taciturn import Method, aggregation, codecs, methods, participation, partition, precision, server, solvers, sync
 from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.state import equal
@@ -26,6 +26,9 @@ METHODS = {
     "fda-sketch": Method(solver=SGD, sync=sync.fda.published(), **HALF),
     "fda-local": Method(solver=SGD, sync=sync.fda(monitor="local"), **HALF),
     "error-feedback": Method(solver=SGD, codec=codecs.error_feedback(codecs.top_k(share=0.2)), broadcast=CHANGE, **HALF),
+    "remainder": Method(
+        solver=SGD, codec=codecs.error_feedback(codecs.top_k(share=0.2), into="start"), server=server.recent(), **HALF
+    ),
     "lossless": Method(solver=SGD, codec=codecs.lossless(codecs.quantize4()), **HALF),
     "lora": Method(solver=SGD, partition=partition.lora(rank=2), **HALF),
     "lora-ranks": Method(

@@ -134,6 +134,36 @@ def test_error_feedback(task):
         assert float((w - xs[r]).norm() / w.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("engine", ["sequential", "stacked"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_training_on_from_what_was_lost(task, steps, engine):
+    """y = w + e, some steps; u = y - w; send C(u); e <- u - C(u)."""
+    lr, codec, rounds = 0.2, codecs.top_k(k=2), 25
+    m = method(lr, 3, codec=codecs.error_feedback(codec, into="start")).replace(sync=sync.every(steps=steps))
+    xs, cohorts, _, _ = drive(task, m, rounds, engine=engine)
+    w, e = torch.zeros(D, dtype=torch.float64), torch.zeros(N, D, dtype=torch.float64)
+    for r, cohort in enumerate(cohorts):
+        sent = []
+        for i in cohort:
+            y = w + e[i]
+            for _ in range(steps):
+                y = y - lr * (y - B[i].double())
+            sent.append(compress(codec, y - w, i, r).double())
+            e[i] = y - w - sent[-1]
+        w = w + torch.stack(sent).mean(0)
+        assert float((w - xs[r]).norm() / w.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(("into", "twice"), [("message", True), ("start", False)])
+def test_what_a_long_round_learns_again_is_added_twice_or_not(task, into, twice):
+    """Clients that arrive at b_i miss b_i - w, whatever they lost before: more than that is never owed to the server."""
+    m = method(1.0, codec=codecs.error_feedback(codecs.top_k(k=2), into=into))
+    xs, cohorts, runner, _ = drive(task, m, 12)
+    path = [torch.zeros(D, dtype=torch.float64), *xs]
+    missed = max(float((B.double() - w).norm(dim=1).max()) for w in path)
+    assert (float(runner.store.export()["rows"]["tx"]["error"].norm(dim=1).max()) > missed) is twice
+
+
 def test_what_was_lost_is_not_believed(task):
     """An upload that is lost moves no memory: neither the client's, nor the server's, nor the mean."""
     lost = {(r, i) for r in range(30) for i in range(N) if (r * 7 + i * 3) % 5 == 0}

@@ -5,6 +5,7 @@ Symbols: w_r the model after r rounds; K rounds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -44,9 +45,26 @@ def test_the_average_is_of_the_iterates_before_each_step(inner, skip, tmp_path):
     assert int(state["rounds"]) == K
 
 
-def test_negative_skip():
+def test_bad_numbers():
     with pytest.raises(ConfigError, match=r"averaged\.skip: at least 0 rounds; got -1"):
         server.averaged(skip=-1)
+    with pytest.raises(ConfigError, match=r"recent\.order: at least 0; got -0\.5"):
+        server.recent(order=-0.5)
+
+
+@pytest.mark.parametrize("order", [0, 1, 8])
+def test_recent_models_count_by_a_polynomial_of_their_round(order):
+    """The weight of w_i is proportional to i (i + 1) .. (i + order - 1), and the training is as without."""
+    rule, plain = server.recent(server.momentum(lr=0.5), order=order), server.momentum(lr=0.5)
+    x = y = torch.ones(D)
+    state, other, path = rule.init(x), plain.init(y), []
+    for r, u in enumerate(updates(), start=1):
+        x, state = rule.step(x, u, state)
+        y, other = plain.step(y, u, other)
+        assert torch.equal(x, y)
+        path.append(x.double())
+        weights = torch.tensor([math.prod(range(i, i + order)) for i in range(1, r + 1)], dtype=torch.float64)
+        torch.testing.assert_close(state["average"], weights @ torch.stack(path) / weights.sum(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -24,15 +24,23 @@ from taciturn.core.vector import Layout, Vector
 class error_feedback:
     """Send C(u + e); keep e <- u + e - C(u + e). What is lost in one round is added to the next; biased.
 
+    into: where e goes. "message": it is added to u, as published; right where u is a gradient, or a few steps. "start": the
+    client trains on from x + e, and sends C(u), u = y - x, which has in it what became of e; e <- u - C(u). To first order
+    in the steps the same, but in rounds so long that a client would learn again what was lost, it is not added twice.
     On the client: e [d] and the codec's state. The client learns that its message was accepted before e moves on. Errors:
-    `MethodError` for a codec whose receiver keeps state, and for one that is known to add more than it sends (rand_k,
-    sparsify, sketch, partial with omega > 1), under which e grows without bound. Source: Seide et al. 2014;
-    Karimireddy et al. 2019, algorithm 2.
+    `MethodError` for a codec whose receiver keeps state, for one that is known to add more than it sends (rand_k,
+    sparsify, sketch, partial with omega > 1), under which e grows without bound; for "start" within another codec, and with
+    a solver that measures from where it starts. Source: Seide et al. 2014; Karimireddy et al. 2019, algorithm 2; "start" is
+    ours.
     """
 
     lossy: ClassVar[bool] = True
     unbiased: ClassVar[bool] = False
     codec: Codec = field(default_factory=top_k)
+    into: Literal["message", "start"] = "message"
+
+    def __post_init__(self) -> None:
+        require(self.into in ("message", "start"), f"error_feedback.into: message or start; got {self.into!r}")
 
     def message_bits(self, d: int) -> float:
         """The codec's."""
@@ -54,8 +62,8 @@ class error_feedback:
         return {"error": torch.zeros(layout.d), "codec": tx}, {}
 
     def encode(self, u: Vector, tx: State, key: Key, *, layout: Layout, knobs: State) -> tuple[Payload, State]:
-        """C(u + e), and the new e."""
-        wanted = u + tx["error"].to(u.dtype)
+        """C(u + e), and the new e; with into = "start" e is in u."""
+        wanted = u + tx["error"].to(u.dtype) if self.into == "message" else u
         payload, inner = self.codec.encode(wanted, tx["codec"], key, layout=layout, knobs=knobs)
         sent, _ = self.codec.decode(payload, {}, layout=layout)
         return payload, {"error": (wanted - sent).float(), "codec": inner}

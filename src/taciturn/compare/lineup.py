@@ -79,7 +79,7 @@ def hybrid(method: Method) -> Method:
 
 
 def lean(method: Method) -> Method:
-    """Says the least: sparse signs both ways with memory, by drift (Method.lean)."""
+    """Says the least: thin factors in 3 bits both ways, with memory, by drift (Method.lean)."""
     return Method.lean(plain(method))
 
 

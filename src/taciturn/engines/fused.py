@@ -119,8 +119,8 @@ class Fused:
         self.work = work
         self._shared, self._personal = in_model(split)
         names = frozenset(self._shared.names + self._personal.names)
-        self._affine = work.solver.affine()
-        self._adam = work.solver if isinstance(work.solver, adamw) and work.solver.clip is None else None
+        self._affine = None if work.apart else work.solver.affine()
+        self._adam = work.solver if isinstance(work.solver, adamw) and work.solver.clip is None and not work.apart else None
         self._flat = self._affine is None and self._adam is None
         self._beside = split.layout.d - self._shared.d  # values that the solver shares after the model's
         if self._beside and not self._flat:

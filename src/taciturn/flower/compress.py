@@ -57,7 +57,11 @@ STYPE = "taciturn"
 
 
 def fingerprint(codec: Codec, down: Broadcast | None) -> str:
-    """8 hexadecimal digits that both sides share if they have the same codec and way down."""
+    """8 hexadecimal digits that both sides share if they have the same codec and way down. Errors: `ConfigError`."""
+    require(
+        getattr(codec, "into", "message") == "message",
+        'error_feedback with into = "start" decides where a client starts, and here the app does; use into = "message"',
+    )
     return f"{zlib.crc32(repr((codec, down)).encode()):08x}"
 
 

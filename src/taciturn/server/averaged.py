@@ -1,6 +1,6 @@
 """Averaging of the iterates.
 
-Symbols: w_r [d] the model after r rounds; K rounds; skip: rounds before the average begins.
+Symbols: w_r [d] the model after r rounds; K rounds; skip: rounds before the average begins; order: how fast it forgets.
 """
 
 from __future__ import annotations
@@ -42,4 +42,35 @@ class averaged:
         share = 1.0 / (rounds - self.skip).clamp(min=1).to(torch.float64)
         average = state["average"] + share * (x - state["average"])
         y, inner = self.server.step(x, update, state.get("server", {}))
+        return y, {"average": average, "rounds": rounds, "server": inner}
+
+
+@dataclass(frozen=True, slots=True)
+class recent:
+    """Train with `server`, and evaluate and keep a mean of recent models: wbar <- wbar + share (w_r - wbar).
+
+        share = (order + 1) / (r + order)        so wbar = w_1 at r = 1; a horizon of about r / (order + 1) rounds
+
+    The horizon grows with the run, so there is nothing to tune: early models, far from the last, are forgotten, and late
+    ones, which swing around a point with their cohorts, are averaged. The clients train from w_r as before. State on the
+    server: "average" [d] float64, "rounds" [], and that of `server`. Source: polynomial-decay averaging, Shamir & Zhang
+    2013, section 4.
+    """
+
+    server: ServerOptimizer = field(default_factory=sgd)
+    order: float = 8.0
+
+    def __post_init__(self) -> None:
+        require(self.order >= 0, f"recent.order: at least 0; got {self.order}")
+
+    def init(self, x: Vector) -> State:
+        """The average is x until a round is done."""
+        return averaged(self.server).init(x)
+
+    def step(self, x: Vector, update: Vector, state: State) -> tuple[Vector, State]:
+        """The server steps, and w_r joins the average."""
+        y, inner = self.server.step(x, update, state.get("server", {}))
+        rounds = state["rounds"] + 1
+        share = (self.order + 1) / (rounds + self.order).to(torch.float64)
+        average = state["average"] + share * (y - state["average"])
         return y, {"average": average, "rounds": rounds, "server": inner}
