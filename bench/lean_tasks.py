@@ -141,7 +141,8 @@ def without(method: Method, part: str, base: Method) -> Method:
         "rounds": lambda: method.replace(sync=base.sync),
         "memory": lambda: method.encoded(memory.codec),
         "training on": lambda: method.encoded(replace(memory, into="message")),
-        "recent": lambda: method.replace(server=server.sgd()),
+        "momentum": lambda: method.replace(server=server.recent()),
+        "recent": lambda: method.replace(server=method.server.server),
         "bound": lambda: method.replace(solver=base.solver),
         "lossless": lambda: method.encoded(replace(memory, codec=memory.codec.codec)).replace(
             broadcast=replace(down, codec=down.codec.codec)
@@ -150,7 +151,7 @@ def without(method: Method, part: str, base: Method) -> Method:
     return others[part]() if part else method
 
 
-PARTS = ("up", "down", "start", "rounds", "memory", "training on", "recent", "bound", "lossless")
+PARTS = ("up", "down", "start", "rounds", "memory", "training on", "momentum", "recent", "bound", "lossless")
 
 
 @dataclass(frozen=True)

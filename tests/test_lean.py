@@ -24,7 +24,9 @@ def test_only_what_is_sent_and_when_is_changed(base):
     found = Method.lean(loud)
     assert all(getattr(found, part) == getattr(base, part) for part in KEPT)
     assert found == Method.lean(base) == Method.lean(found)
-    assert found.server == (server.sgd() if isinstance(base.partition, partition.lora) else server.recent())
+    assert found.server == (
+        server.sgd() if isinstance(base.partition, partition.lora) else server.recent(server.momentum(momentum=0.5))
+    )
     assert isinstance(found.sync, sync.fda) and found.broadcast.start == "known"
     assert Method.lean() == Method.lean(Method())
 

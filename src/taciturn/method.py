@@ -34,14 +34,14 @@ from taciturn.partition import full, lora, twins
 from taciturn.precision import all as in_float32
 from taciturn.precision import coarse, coarse_fine
 from taciturn.precision.policies import Policy
-from taciturn.server import recent
+from taciturn.server import momentum, recent
 from taciturn.server import sgd as server_sgd
 from taciturn.solvers import adamw, ditto, lbfgs, pfedme, scaffold, sgd
 from taciturn.sync import every, fda
 from taciturn.sync.thresholds import adaptive
 
-# of `Method.lean`: ranks up and down; epochs: that sending the model is worth, of round 1, of any round
-RANK_UP, RANK_DOWN, CROSSING, FIRST, MOST = 4, 2, 5000.0, 5.0, 20
+# of `Method.lean`: ranks up and down; epochs: that sending the model is worth, of round 1, of any round; of the server
+RANK_UP, RANK_DOWN, CROSSING, FIRST, MOST, MOMENTUM = 4, 2, 5000.0, 5.0, 20, 0.5
 STARTS_ANYWHERE = (sgd, adamw, lbfgs)  # solvers that do not measure from where they start
 _PROBE = Layout(("probe",), ((8, 8),))
 
@@ -157,13 +157,13 @@ def _check_start(solver: Solver, codec: Codec) -> None:
     """A client that trains on from what was lost starts elsewhere than at what it holds."""
     if any(_starts_apart(part) for part in _within(codec)):
         raise MethodError(
-            f'method: codec = {codec}: error_feedback with into = "start" tells the client where to start, which a codec around '
-            'it would change; let it stand outermost, or use into = "message"'
+            f'method: codec = {codec}: error_feedback with into = "start" tells the client where to start, which a codec '
+            'around it would change; let it stand outermost, or use into = "message"'
         )
     if _starts_apart(codec) and not isinstance(solver, STARTS_ANYWHERE):
         raise MethodError(
-            f'method: error_feedback with into = "start" trains on from what was lost, and solver = {type(solver).__name__} '
-            'measures from where it starts; use into = "message", or solver = sgd or adamw'
+            f'method: error_feedback with into = "start" trains on from what was lost, and solver = '
+            f'{type(solver).__name__} measures from where it starts; use into = "message", or solver = sgd or adamw'
         )
 
 
@@ -339,7 +339,7 @@ class Method:
             rounds   each client stops at its own drift (`fda`, local monitor), with sending the model once worth CROSSING
                      local epochs: some ten epochs, at most MOST, and about FIRST in the first round
             steps    of `sgd` without a clip: none moves a model further than 1 (clip = 1 / lr); most are far shorter
-            result   the mean of the recent models (`recent`)
+            server   some momentum, MOMENTUM, against unlike cohorts; the result is the mean of the recent models (`recent`)
 
         With partition = lora all values in 4 bits, and `fda()`: there are few, and they all move. Partition, participation,
         aggregator, batch size and solver stay: a client step that is right for FedAvg is the one to use. The constants come
@@ -355,7 +355,8 @@ class Method:
             )
         values = quantize(bits=3, rounding="nearest", scale="block")
         up, down = (
-            lossless(chain(factors, values), "rans") for factors in (lowrank(RANK_UP), lowrank(RANK_DOWN, turns=3, warm=False))
+            lossless(chain(factors, values), "rans")
+            for factors in (lowrank(RANK_UP), lowrank(RANK_DOWN, turns=3, warm=False))
         )
         rule = fda(monitor="local", crossing=CROSSING, theta=adaptive(start=FIRST), max_blocks=MOST)
         solver = base.solver
@@ -363,7 +364,10 @@ class Method:
         if isinstance(solver, sgd) and solver.clip is None and solver.lr > 0:
             solver = replace(solver, clip=1 / solver.lr)
         return base.encoded(error_feedback(up, into=into)).replace(
-            broadcast=Broadcast(down, of="change", start="known"), sync=rule, server=recent(), solver=solver
+            broadcast=Broadcast(down, of="change", start="known"),
+            sync=rule,
+            server=recent(momentum(momentum=MOMENTUM)),
+            solver=solver,
         )
 
     def replace(self, **parts: Any) -> Method:

@@ -158,7 +158,7 @@ def test_training_on_from_what_was_lost(task, steps, engine):
 def test_what_a_long_round_learns_again_is_added_twice_or_not(task, into, twice):
     """Clients that arrive at b_i miss b_i - w, whatever they lost before: more than that is never owed to the server."""
     m = method(1.0, codec=codecs.error_feedback(codecs.top_k(k=2), into=into))
-    xs, cohorts, runner, _ = drive(task, m, 12)
+    xs, _, runner, _ = drive(task, m, 12)
     path = [torch.zeros(D, dtype=torch.float64), *xs]
     missed = max(float((B.double() - w).norm(dim=1).max()) for w in path)
     assert (float(runner.store.export()["rows"]["tx"]["error"].norm(dim=1).max()) > missed) is twice
