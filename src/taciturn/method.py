@@ -360,10 +360,10 @@ class Method:
         )
         rule = fda(monitor="local", crossing=CROSSING, theta=adaptive(start=FIRST), max_blocks=MOST)
         solver = base.solver
-        into = "start" if isinstance(solver, STARTS_ANYWHERE) and not isinstance(base.codec, clip) else "message"
+        apart = isinstance(solver, STARTS_ANYWHERE) and not isinstance(base.codec, clip)
         if isinstance(solver, sgd) and solver.clip is None and solver.lr > 0:
             solver = replace(solver, clip=1 / solver.lr)
-        return base.encoded(error_feedback(up, into=into)).replace(
+        return base.encoded(error_feedback(up, into="start" if apart else "message")).replace(
             broadcast=Broadcast(down, of="change", start="known"),
             sync=rule,
             server=recent(momentum(momentum=MOMENTUM)),
