@@ -78,20 +78,18 @@ class Work:
 
 def begin(work: Work, start: Vector, own: State) -> State:
     """Take up the model: start [d] is what the client holds, y = start unless solver or codec say otherwise."""
+    part, first = work.kind.trains, start
+    if work.apart:
+        lost = work.mine(own["tx"])["error"].to(start.dtype)
+        first = start + (lost if part is None else part.fill(lost))
     return {
-        "solver": work.solver.begin(start + _lost(work, own) if work.apart else start, own["v"], own["solver"]),
+        "solver": work.solver.begin(first, own["v"], own["solver"]),
         "b": own["b"],
         "start": start,
         "done": torch.zeros_like(own["steps"]),
         "loss": start.new_zeros(()),
         "knobs": own.get("knobs", {}),
     }
-
-
-def _lost(work: Work, own: State) -> Vector:
-    """What the codec lost so far [d], zero outside of what clients of this kind train."""
-    lost: Vector = work.mine(own["tx"])["error"].to(work.split.x0.dtype)
-    return lost if work.kind.trains is None else work.kind.trains.fill(lost)
 
 
 def step(work: Work, held: State, local: State, batch: Batch, key: Key, lr_scale: Tensor) -> State:

@@ -92,7 +92,7 @@ each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=O
 
 
 def test_every_optimizer_has_a_row():
-    assert {type(optimizer).__name__ for optimizer in OPTIMIZERS.values()} | {"averaged"} == set(server.__all__)
+    assert {type(optimizer).__name__ for optimizer in OPTIMIZERS.values()} | {"averaged", "recent"} == set(server.__all__)
 
 
 @pytest.mark.parametrize("name", BOXES)
