@@ -338,11 +338,12 @@ class Method:
                      else be learnt again, and added twice
             rounds   each client stops at its own drift (`fda`, local monitor), with sending the model once worth CROSSING
                      local epochs: some ten epochs, at most MOST, and about FIRST in the first round
-            steps    of `sgd` without a clip: none moves a model further than 1 (clip = 1 / lr); most are far shorter
+            steps    of `sgd` without a clip: gradients are clipped at 1 / lr, so that, but for momentum, no step moves a
+                     model further than 1; most are far shorter
             server   some momentum, MOMENTUM, against unlike cohorts; the result is the mean of the recent models (`recent`)
 
         With partition = lora all values in 4 bits, and `fda()`: there are few, and they all move. Partition, participation,
-        aggregator, batch size and solver stay: a client step that is right for FedAvg is the one to use. The constants come
+        aggregator, batch size and, but for that bound, solver stay: a client step that is right for FedAvg is the one to use. The constants come
         from five tasks, the figures from others (`python -m bench.lean`). Not where local work or rounds are dear: it takes
         several times as many; nor below some thousand values, where frames are most of what is sent.
         Errors: `MethodError` for a solver, aggregator or partition that its codecs do not fit (admm, merges, local).

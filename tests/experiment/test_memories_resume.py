@@ -56,8 +56,9 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("field", MAY_DIFFER)
+@pytest.mark.parametrize("field", OTHER)
 def test_what_may_change_when_a_run_is_resumed(field, tmp_path):
+    assert OTHER.keys() == {*MAY_DIFFER}
     experiment = Experiment(Task(Net, make_federation()), Method(batch_size=8), rounds=2, checkpoint_every=1)
     run(experiment.replace(rounds=1), out=tmp_path / "run")
     resumed = run(experiment.replace(**{field: OTHER[field]}), out=tmp_path / "run", resume=True)
