@@ -9,7 +9,7 @@ import taciturn
 from conftest import make_federation, make_task
 from drive import drive
 from taciturn import Experiment, Method, Task, aggregation, codecs, methods, participation, partition, server, solvers, sync
-from taciturn.core.errors import MethodError
+from taciturn.core.errors import ConfigError, MethodError
 
 USERS = Method(
     participation=participation.uniform(count=3), solver=solvers.sgd(lr=0.3, clip=1.0), aggregator=aggregation.mean(),
@@ -75,6 +75,11 @@ def test_no_step_of_sgd_is_longer_than_one_and_who_measures_from_the_start_start
 def test_where_no_client_may_train_on_from_what_was_lost(parts, said):
     with pytest.raises(MethodError, match=said):
         Method(**{"codec": codecs.error_feedback(into="start")} | parts)
+
+
+def test_what_was_lost_goes_to_one_of_two_places():
+    with pytest.raises(ConfigError, match=r"error_feedback\.into: message or start; got 'end'"):
+        codecs.error_feedback(into="end")
 
 
 def test_a_memory_of_a_mean_gives_way_and_points_are_refused():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from taciturn.codecs.memory import starts_apart
 from taciturn.core.random import Key
 from taciturn.core.state import State, where
 from taciturn.core.types import Batch, Codec, Payload, Record, Solver, Split, Task
@@ -42,11 +43,6 @@ class Work:
     def layout(self) -> Layout:
         """Of the vector that they send."""
         return self.split.layout if self.kind.trains is None else self.kind.trains.layout
-
-    @property
-    def apart(self) -> bool:
-        """Each client trains on from what its codec lost, so not all start from one point."""
-        return getattr(self.codec, "into", "message") == "start"
 
     def each_kind(self) -> list[Work]:
         """The work of every kind."""
@@ -79,7 +75,7 @@ class Work:
 def begin(work: Work, start: Vector, own: State) -> State:
     """Take up the model: start [d] is what the client holds, y = start unless solver or codec say otherwise."""
     part, first = work.kind.trains, start
-    if work.apart:
+    if starts_apart(work.codec):
         lost = work.mine(own["tx"])["error"].to(start.dtype)
         first = start + (lost if part is None else part.fill(lost))
     return {

@@ -15,6 +15,7 @@ from torch import nn
 from taciturn.aggregation import controlled, low_rank, mean, private, running, weighted
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
 from taciturn.codecs import chain, clip, difference, error_feedback, identity, lossless, lowrank, quantize, quantize4
+from taciturn.codecs.memory import starts_apart
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import MethodError, ModelError, require
 from taciturn.core.types import (
@@ -149,18 +150,14 @@ def _within(codec: Codec) -> Iterator[Codec]:
             yield from _within(part)
 
 
-def _starts_apart(codec: Codec) -> bool:
-    return getattr(codec, "into", "message") == "start"
-
-
 def _check_start(solver: Solver, codec: Codec) -> None:
     """A client that trains on from what was lost starts elsewhere than at what it holds."""
-    if any(_starts_apart(part) for part in _within(codec)):
+    if any(starts_apart(part) for part in _within(codec)):
         raise MethodError(
             f'method: codec = {codec}: error_feedback with into = "start" tells the client where to start, which a codec '
             'around it would change; let it stand outermost, or use into = "message"'
         )
-    if _starts_apart(codec) and not isinstance(solver, STARTS_ANYWHERE):
+    if starts_apart(codec) and not isinstance(solver, STARTS_ANYWHERE):
         raise MethodError(
             f'method: error_feedback with into = "start" trains on from what was lost, and solver = '
             f'{type(solver).__name__} measures from where it starts; use into = "message", or solver = sgd or adamw'
@@ -343,9 +340,9 @@ class Method:
             server   some momentum, MOMENTUM, against unlike cohorts; the result is the mean of the recent models (`recent`)
 
         With partition = lora all values in 4 bits, and `fda()`: there are few, and they all move. Partition, participation,
-        aggregator, batch size and, but for that bound, solver stay: a client step that is right for FedAvg is the one to use. The constants come
-        from five tasks, the figures from others (`python -m bench.lean`). Not where local work or rounds are dear: it takes
-        several times as many; nor below some thousand values, where frames are most of what is sent.
+        aggregator, batch size and, but for that bound, solver stay: a client step that is right for FedAvg is the one to
+        use. The constants come from five tasks, the figures from others (`python -m bench.lean`). Not where local work or
+        rounds are dear: it takes several times as many; nor below some thousand values, where frames are most of it.
         Errors: `MethodError` for a solver, aggregator or partition that its codecs do not fit (admm, merges, local).
         """
         base = cls() if base is None else base

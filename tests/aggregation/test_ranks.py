@@ -49,10 +49,11 @@ def test_engines_agree(name, task):
     "parts",
     [
         {"codec": codecs.error_feedback(codecs.quantize4()), "broadcast": Broadcast(codecs.quantize8(), "change")},
+        {"codec": codecs.error_feedback(codecs.top_k(share=0.3), into="start")},
         {"codec": codecs.difference(codecs.quantize8()), "solver": solvers.adamw(lr=0.01), "server": server.adam(lr=0.05)},
         {"sync": sync.fda(), "codec": codecs.top_k(share=0.2)},
     ],
-    ids=["q4-q8-change", "difference-adamw-adam", "fda-topk"],
+    ids=["q4-q8-change", "start", "difference-adamw-adam", "fda-topk"],
 )
 def test_composes_with_other_parts(parts, task):
     method = METHOD.replace(**parts)

@@ -267,3 +267,8 @@ def test_a_model_without_float32_is_refused():
 def test_a_way_down_with_a_memory_is_refused():
     with pytest.raises(ConfigError, match="the way down has its own"):
         compress_mod(codecs.quantize4(), codecs.error_feedback(codecs.top_k()))
+
+
+def test_where_a_client_starts_is_the_app_s():
+    with pytest.raises(ConfigError, match="decides where a client starts, and here the app does"):
+        compress_mod(codecs.error_feedback(into="start"))

@@ -73,6 +73,11 @@ class error_feedback:
         return self.codec.decode(payload, rx, layout=layout)
 
 
+def starts_apart(codec: Codec) -> bool:
+    """True if each client trains on from what its codec lost, so that not all start from one point."""
+    return isinstance(codec, error_feedback) and codec.into == "start"
+
+
 @dataclass(frozen=True, slots=True)
 class difference:
     """Send q = C(u - h); both sides know h + q as u, and move h <- h + alpha q. DIANA and Artemis; EF21 at alpha = 1.

@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw as adamw_kernel
 
 from taciturn import client
 from taciturn.client import Work
+from taciturn.codecs.memory import starts_apart
 from taciturn.core import random
 from taciturn.core.state import State, flatten, tree_map, unflatten
 from taciturn.core.types import Batch
@@ -119,8 +120,9 @@ class Fused:
         self.work = work
         self._shared, self._personal = in_model(split)
         names = frozenset(self._shared.names + self._personal.names)
-        self._affine = None if work.apart else work.solver.affine()
-        self._adam = work.solver if isinstance(work.solver, adamw) and work.solver.clip is None and not work.apart else None
+        apart = starts_apart(work.codec)
+        self._affine = None if apart else work.solver.affine()
+        self._adam = work.solver if isinstance(work.solver, adamw) and work.solver.clip is None and not apart else None
         self._flat = self._affine is None and self._adam is None
         self._beside = split.layout.d - self._shared.d  # values that the solver shares after the model's
         if self._beside and not self._flat:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from taciturn.codecs.memory import starts_apart
 from taciturn.core import random
 from taciturn.core.broadcast import Broadcast
 from taciturn.core.errors import RunError, WireError, require
@@ -59,7 +60,7 @@ STYPE = "taciturn"
 def fingerprint(codec: Codec, down: Broadcast | None) -> str:
     """8 hexadecimal digits that both sides share if they have the same codec and way down. Errors: `ConfigError`."""
     require(
-        getattr(codec, "into", "message") == "message",
+        not starts_apart(codec),
         'error_feedback with into = "start" decides where a client starts, and here the app does; use into = "message"',
     )
     return f"{zlib.crc32(repr((codec, down)).encode()):08x}"
