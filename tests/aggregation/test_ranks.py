@@ -17,6 +17,7 @@ from conftest import make_federation
 from drive import agree, drive, resumes
 from taciturn import Broadcast, Experiment, Task, aggregation, codecs, participation, partition, server, solvers, sync
 from taciturn.aggregation.low_rank import OPERATORS, pairs_of
+from taciturn.client import Work, begin
 from taciturn.core.errors import ConfigError, MethodError
 from taciturn.method import Method
 
@@ -217,3 +218,17 @@ def test_who_needs_equal_ranks_is_refused(aggregator, task):
     )
     with pytest.raises(MethodError, match="for unlike ranks without align and with operator"):
         drive(task, METHOD.replace(aggregator=aggregator, **parts), rounds=1)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_what_a_kind_lost_is_trained_on_in_its_own_coordinates(number, task):
+    method = METHOD.replace(codec=codecs.error_feedback(codecs.top_k(share=0.3), into="start"))
+    work = Work(task, method.split(task.model, task.tracked), method.solver, method.codec, number)
+    own, x0, part = work.newcomer(), work.split.x0, work.kind.trains
+    lost = torch.arange(1.0, work.layout.d + 1)
+    own["tx"] = work.kept(own["tx"], work.mine(own["tx"]) | {"error": lost})
+    y = begin(work, x0, own)["solver"]["y"]
+    places = slice(None) if part is None else part.places
+    wanted = torch.zeros_like(x0)
+    wanted[places] = lost.to(x0.dtype)
+    assert torch.equal(y, x0 + wanted)
